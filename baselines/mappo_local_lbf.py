@@ -1,0 +1,468 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.4,<=2.13.0", "numpy", "gymnasium", "tyro", "tensorboard", "lbforaging>=2.0.0", "tqdm"]
+# ///
+"""MAPPO with local rewards (the selfish baseline of arXiv 2601.21523) on Level-Based Foraging.
+
+Every agent learns from its own reward alone.
+
+    python baselines/mappo_local_lbf.py
+    python baselines/mappo_local_lbf.py --env-id Foraging-15x15-3p-4f-v3 --no-winner-take-all --seed 2
+
+Axes are (T, E, N, ...): time step, environment, agent. B: all steps in one row; D: observation size; A: actions.
+"""
+
+import difflib
+import io
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from lbforaging.foraging.environment import Action, ForagingEnv
+from torch.distributions import Categorical
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of the networks, the environments and every random draw"""
+    torch_deterministic: bool = True
+    """if toggled, PyTorch uses deterministic algorithms only"""
+    cuda: bool = False
+    """use a GPU for the networks (off: networks this small are faster on a core)"""
+    num_threads: int = 1
+    """PyTorch threads"""
+    track: bool = False
+    """also log to Weights and Biases"""
+    wandb_project_name: str = "dependence-graphs"
+    """the W&B project"""
+    wandb_entity: str | None = None
+    """the W&B team"""
+    save_model: bool = False
+    """save a checkpoint at the end, also when --checkpoint-interval is 0"""
+    checkpoint_interval: int = 100_000
+    """frames between two checkpoints (0: none but those of --save-model and of an interrupted run)"""
+    resume: str | None = None
+    """path of a checkpoint.pt: continue that run exactly, in its own folder and with its settings"""
+
+    env_id: str = "Foraging-8x8-2p-4f-coop-v3"
+    """any vector-observation id of lbforaging"""
+    winner_take_all: bool = True
+    """all of a food's reward goes to its strongest loader, food needs two agents (the paper's change to -coop tasks)"""
+    total_timesteps: int = 5_000_000
+    """frames: environment steps summed over the environments"""
+    num_envs: int = 10
+    """parallel environments, each plays one whole episode per iteration"""
+    eval_interval: int = 50_000
+    """frames between two evaluations"""
+    eval_episodes: int = 100
+    """episodes of an evaluation"""
+    eval_greedy: bool = False
+    """evaluate with the most likely actions instead of sampled ones"""
+
+    hidden_dim: int = 128
+    """units of each hidden layer of policy and critic"""
+    learning_rate: float = 5e-4
+    """learning rate of every Adam"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of the generalized advantage estimation"""
+    update_epochs: int = 4
+    """gradient steps per iteration, each on the whole batch"""
+    norm_adv: bool = False
+    """normalise the advantages"""
+    clip_coef: float = 0.2
+    """PPO's clipping coefficient"""
+    ent_coef: float = 0.001
+    """coefficient of the entropy bonus"""
+    max_grad_norm: float = 10.0
+    """largest norm of the policy's and of the critic's gradient"""
+
+
+class UserError(Exception):
+    """Ends the script with its one sentence on stderr and exit status 2."""
+
+
+def check_args(args):
+    """Raise UserError for the first setting that makes no sense."""
+    counts = "total_timesteps num_envs eval_interval eval_episodes update_epochs hidden_dim num_threads"
+    amounts = "seed checkpoint_interval learning_rate clip_coef ent_coef max_grad_norm oracle_distance"
+    fractions = "gamma gae_lambda c graph_p edge_drop edge_add"
+    for names, low, high in ((counts, 1, math.inf), (amounts, 0, math.inf), (fractions, 0, 1)):
+        for name in names.split():
+            if not low <= getattr(args, name, low) <= high:
+                raise UserError(f"{name} must lie in [{low}, {high}], not {getattr(args, name)}")
+    if args.total_timesteps < (frames := args.num_envs * make_env(args.env_id)._max_episode_steps):
+        raise UserError(f"total_timesteps is {args.total_timesteps}, below one iteration ({frames} frames)")
+
+
+# ENVIRONMENT
+class LevelBasedForaging(ForagingEnv):
+    """lbforaging's environment, bit for bit but several times faster, with the paper's winner-take-all variant.
+
+    Winner-take-all: a food's whole reward goes to its loader with the highest level (ties: the lowest index), and its
+    level is the sum of the two lowest player levels (the package: the three lowest), so that two agents are needed.
+    """
+
+    def __init__(self, winner_take_all=False, **kwargs):
+        super().__init__(**kwargs)
+        self.winner_take_all, self.board = winner_take_all, None
+
+    def spawn_food(self, max_num_food, min_levels, max_levels):
+        if self.winner_take_all:
+            max_levels = np.full_like(max_levels, sum(sorted(player.level for player in self.players)[:2]))
+        super().spawn_food(max_num_food, min_levels, max_levels)
+
+    def step(self, actions):
+        foods = self.foods
+        obs, rewards, terminated, truncated, info = super().step(actions)
+        if self.winner_take_all and any(rewards):
+            for cell in foods.keys() - self.foods.keys():
+                # no cell touches two foods: who stands beside this one and has a reward has loaded this one
+                loaders = [player for player in self.adjacent_players(*cell) if player.reward > 0]
+                winner, whole = max(loaders, key=lambda player: player.level), sum(player.reward for player in loaders)
+                for player in loaders:
+                    player.reward = whole if player is winner else 0
+            rewards = [player.reward for player in self.players]
+        return obs, rewards, terminated, truncated, info
+
+    def _gen_valid_moves(self):
+        board = self.field.tobytes()
+        if board != self.board:  # what follows depends on the food, which seldom changes
+            rows, cols = self.field.nonzero()
+            self.foods = dict(zip(zip(rows.tolist(), cols.tolist()), self.field[rows, cols].tolist()))  # cell -> level
+            self.board, self.valid_at = board, {}
+        self._valid_actions = {}
+        for player in self.players:
+            player.position = row, col = int(player.position[0]), int(player.position[1])
+            player.history.append(player.position)  # cleared by reset; the package leaves it empty
+            if player.position not in self.valid_at:
+                beside = [(row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1)]  # north, south, west, east
+                free = [0 <= r < self.rows and 0 <= c < self.cols and (r, c) not in self.foods for r, c in beside]
+                load = not self.foods.keys().isdisjoint(beside)
+                self.valid_at[row, col] = [action for action, valid in zip(Action, (True, *free, load)) if valid]
+            self._valid_actions[player] = self.valid_at[player.position]
+
+    def _make_gym_obs(self):
+        sight, width = self.sight, 3 if self._observe_agent_levels else 2
+        players = [(*player.position, int(player.level)) for player in self.players]
+        obs = []
+        for i, (row, col, _) in enumerate(players):
+            top, left = max(row - sight, 0), max(col - sight, 0)  # what is seen is counted from this corner
+            features = []
+            for (r, c), level in self.foods.items():
+                if top <= r <= row + sight and left <= c <= col + sight:
+                    features += (r - top, c - left, level)
+            features += (-1, -1, 0) * (self.max_num_food - len(features) // 3)
+            for r, c, level in (players[i], *players[:i], *players[i + 1 :]):  # oneself first
+                # the package's test: near the board's first row and column, players are seen farther away than food
+                if 0 <= r - top <= 2 * sight and 0 <= c - left <= 2 * sight:
+                    features += (r - top, c - left, level)[:width]
+            missing = 3 * self.max_num_food + width * len(players) - len(features)
+            obs.append(features + [-1, -1, 0][:width] * (missing // width))
+        return tuple(np.array(obs, dtype=np.float32))
+
+
+def make_env(env_id, winner_take_all=False, seed=0):
+    """A fresh environment whose first reset() draws its board from seed; UserError for an id that cannot be used."""
+    known = [name for name in gym.registry if name.startswith("Foraging-")]
+    if env_id.startswith("Foraging-grid"):
+        raise UserError(f"{env_id} has grid observations, the networks here need vectors: drop '-grid' from the id")
+    if env_id not in known:
+        nearest = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0))
+        raise UserError(f"unknown environment {env_id}; the nearest names are {nearest}")
+    env = LevelBasedForaging(winner_take_all=winner_take_all, **gym.spec(env_id).kwargs)
+    env.seed(int(seed))
+    return env
+
+
+# NETWORKS
+class AgentNetwork(nn.Module):
+    """Two hidden layers on [x, one-hot agent id], shared by all agents: x (..., N, in_dim) -> (..., N, out_dim).
+
+    The first is W x + U[agent], so that an x common to all agents, (..., 1, in_dim), is not repeated for each of them.
+    """
+
+    def __init__(self, in_dim, num_agents, hidden_dim, out_dim):
+        super().__init__()
+        self.input, self.agent_id = nn.Linear(in_dim, hidden_dim), nn.Embedding(num_agents, hidden_dim)
+        nn.init.uniform_(self.agent_id.weight, -((in_dim + num_agents) ** -0.5), (in_dim + num_agents) ** -0.5)
+        self.head = nn.Sequential(
+            nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim)
+        )
+
+    def forward(self, x):
+        return self.head(self.input(x) + self.agent_id.weight)
+
+
+class Critic(AgentNetwork):
+    """Centralised critic: each agent's value from all observations side by side, (..., N, D) -> (..., N)."""
+
+    def forward(self, obs):
+        return super().forward(obs.flatten(-2).unsqueeze(-2)).squeeze(-1)
+
+
+# ADVANTAGES
+def gae(rewards, values, terminated, alive, gamma, gae_lambda):
+    """Every agent's own generalized advantage estimate (Schulman et al. 2016) over whole, padded episodes.
+
+    rewards (T, E, N), values (T+1, E, N), terminated and alive (T, E) -> (T, E, N), 0 in the padding. An episode that
+    ends without `terminated` bootstraps from the value after its last step.
+    """
+    alive, terminated = alive.bool().unsqueeze(-1), terminated.bool().unsqueeze(-1)  # (T, E, 1)
+    next_values = values[1:].masked_fill(terminated, 0.0)
+    deltas = (rewards + gamma * next_values - values[:-1]).masked_fill(~alive, 0.0)
+    discounts = gamma * gae_lambda * (alive & ~terminated).to(deltas.dtype)
+    advantages = torch.zeros_like(deltas)
+    last = torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        last = torch.addcmul(deltas[t], discounts[t], last, out=advantages[t])
+    return advantages
+
+
+# ROLLOUT
+@torch.no_grad()
+def collect(envs, actor, device, greedy=False):
+    """Play one whole episode in every environment; T is the longest episode's length, the padding is zeros.
+
+    Returns obs (T+1, E, N, D) with the observation after the last step, actions, logprobs, rewards (T, E, N),
+    terminated (T, E) bool: ended in a terminal state, alive (T, E) bool: the step took place.
+    """
+    T, E, N = envs[0]._max_episode_steps, len(envs), envs[0].n_agents
+    obs = np.zeros((T + 1, E, N, *envs[0].observation_space[0].shape), dtype=np.float32)
+    actions, logprobs = torch.zeros((T, E, N), dtype=torch.long), torch.zeros((T, E, N))
+    rewards = np.zeros((T, E, N), dtype=np.float32)
+    terminated, truncated, alive = (np.zeros((T, E), dtype=bool) for _ in range(3))
+    obs[0] = [env.reset()[0] for env in envs]
+    running, t = range(E), 0
+    while running:
+        policy = Categorical(logits=actor(torch.from_numpy(obs[t]).to(device)).cpu())  # (E, N, A)
+        actions[t] = policy.logits.argmax(-1) if greedy else policy.sample()
+        logprobs[t] = policy.log_prob(actions[t])
+        for e in running:
+            obs[t + 1, e], rewards[t, e], terminated[t, e], truncated[t, e], _ = envs[e].step(actions[t, e].tolist())
+            alive[t, e] = True
+        running = [e for e in running if not (terminated[t, e] or truncated[t, e])]
+        t += 1
+    results = obs[: t + 1], actions[:t], logprobs[:t], rewards[:t], terminated[:t], alive[:t]
+    return [torch.as_tensor(x).to(device) for x in results]
+
+
+# PPO UPDATE
+def gradient_step(optimizer, loss, name, max_grad_norm=math.inf):
+    """One step of the optimizer; UserError if the loss or its gradient is not finite."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    if not (loss.isfinite() and norm.isfinite()):
+        raise UserError(f"{name} is {loss.item()} and the norm of its gradient {norm.item()}")
+    optimizer.step()
+
+
+def ppo_update(actor, critic, actor_optimizer, critic_optimizer, obs, actions, logprobs, advantages, returns, args):
+    """update_epochs times a critic step, then a policy step, each on the whole batch (Schulman et al. 2017).
+
+    obs (B, N, D), the others (B, N) -> means over the epochs. UserError if a loss is not finite.
+    """
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    history = []
+    for _ in range(args.update_epochs):
+        value_loss = 0.5 * ((critic(obs) - returns) ** 2).mean()
+        gradient_step(critic_optimizer, value_loss, "value_loss", args.max_grad_norm)
+
+        policy = Categorical(logits=actor(obs))
+        entropy = policy.entropy().mean()
+        logratio = policy.log_prob(actions) - logprobs  # (B, N)
+        ratio = logratio.exp()
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        policy_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
+        gradient_step(actor_optimizer, policy_loss - args.ent_coef * entropy, "policy_loss", args.max_grad_norm)
+
+        approx_kl = (ratio - 1 - logratio).mean()
+        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+        history.append(torch.stack([value_loss, policy_loss, entropy, approx_kl, clipfrac, ratio.mean()]).detach())
+    names = ("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac")
+    # the first ratio must be 1: else the data do not belong to the policy
+    return dict(zip(names, torch.stack(history).mean(0))) | {"first_ratio": history[0][-1]}
+
+
+# EVALUATION
+def evaluate(actor, args, index, device):
+    """Play eval_episodes episodes on fresh environments -> per-agent returns (episodes, N).
+
+    The boards depend on args.seed and the index of the evaluation alone: every script plays the same ones.
+    """
+    seeds = np.random.SeedSequence([args.seed, index]).generate_state(args.eval_episodes)
+    envs = [make_env(args.env_id, args.winner_take_all, seed) for seed in seeds]
+    with torch.random.fork_rng(devices=[]):  # training goes on as if there had been no evaluation
+        torch.manual_seed(int(seeds[0]))
+        return collect(envs, actor, device, args.eval_greedy)[3].sum(0).cpu()
+
+
+# CHECKPOINTS
+def write_atomically(path, data):
+    """Write bytes to a temporary file and rename it: whenever the process is killed, path is whole, old or new."""
+    with open(path + ".tmp", "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def parse_args(script):
+    """The checked command line and, under --resume, the checkpoint, which provides the settings that are not given."""
+    args = tyro.cli(Args)
+    if args.resume is None:
+        check_args(args)
+        return args, None
+    try:
+        checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
+        writer, saved = checkpoint["script"], checkpoint["args"]
+    except Exception as error:
+        raise UserError(f"--resume: {args.resume} is not a whole checkpoint ({type(error).__name__})") from error
+    if writer != script or saved.keys() != vars(args).keys():
+        raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
+    args = tyro.cli(Args, default=Args(**saved))
+    free = "resume save_model checkpoint_interval track wandb_project_name wandb_entity".split()
+    for name in saved.keys() - free:
+        if getattr(args, name) != saved[name]:
+            raise UserError(f"--resume: {name} is {getattr(args, name)} here, {saved[name]} in the checkpoint")
+    return args, checkpoint
+
+
+def main():
+    # SET-UP
+    script = os.path.basename(__file__)[: -len(".py")]
+    args, checkpoint = parse_args(script)
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = os.path.dirname(os.path.abspath(args.resume)) if checkpoint else os.path.join("runs", run_name)
+    if not checkpoint and os.path.exists(run_dir):
+        raise UserError(f"the run folder {run_dir} exists and is never overwritten")
+    if args.track:
+        import wandb  # optional: pip install wandb
+
+        target = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": os.path.basename(run_dir)}
+        wandb.init(**target, sync_tensorboard=True, config=vars(args), save_code=True)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.cuda and device.type == "cpu":
+        print(f"{script}: CUDA is not available, the CPU is used", file=sys.stderr)
+    stop_signals = []  # looked at between two iterations
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: stop_signals.append(signum))
+    Categorical.set_default_validate_args(False)  # checking costs as much as sampling
+    torch.set_num_threads(args.num_threads)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.manual_seed(args.seed)  # PyTorch's CPU generator is the only random stream besides the environments' own
+    seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
+    envs = [make_env(args.env_id, args.winner_take_all, seed) for seed in seeds]
+    N, D, A = envs[0].n_agents, envs[0].observation_space[0].shape[0], int(envs[0].action_space[0].n)
+    actor = AgentNetwork(D, N, args.hidden_dim, A).to(device)
+    critic = Critic(N * D, N, args.hidden_dim, 1).to(device)
+    adam = {"lr": args.learning_rate, "eps": 1e-5, "fused": True}
+    actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
+    trained = {"actor": actor, "critic": critic}
+    trained |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+    global_step, iteration, evaluations, saved_step = 0, 0, [], -1
+    if checkpoint:
+        global_step, iteration, evaluations = (checkpoint[key] for key in ("global_step", "iteration", "evaluations"))
+        for name, part in trained.items():
+            part.load_state_dict(checkpoint[name])
+        for env, (random_state, positions) in zip(envs, checkpoint["envs"]):
+            env.np_random.bit_generator.state = random_state
+            for player, position in zip(env.players, positions):
+                player.position = position  # lbforaging's reset avoids the cells where the players stood
+        torch.set_rng_state(checkpoint["torch_rng"])
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else None)
+    settings = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + settings)
+    print(f"{run_dir}: {N} agents, {D} observations, {A} actions, {args.num_envs} episodes per iteration, {device}")
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", unit_scale=True, mininterval=1.0)
+    start_time, start_step = time.time(), global_step
+
+    while True:
+        # EVALUATE (first the untrained policy)
+        finished = global_step >= args.total_timesteps
+        due = finished or global_step >= len(evaluations) * args.eval_interval
+        if due and not (evaluations and evaluations[-1]["global_step"] == global_step):
+            returns = evaluate(actor, args, len(evaluations), device)  # (episodes, N)
+            team, agents = returns.sum(-1), returns.mean(0).tolist()
+            row = {"episodic_return": team.mean().item(), "episodic_return_std": team.std(correction=0).item()}
+            row |= {"episodes": len(team)} | {f"episodic_return_agent_{i}": mean for i, mean in enumerate(agents)}
+            for name, value in row.items():
+                writer.add_scalar(f"eval/{name}", value, global_step)
+            evaluations.append({"global_step": global_step} | row)
+            lines = [evaluations[0].keys(), *(row.values() for row in evaluations)]
+            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+            write_atomically(os.path.join(run_dir, "evaluations.csv"), text.encode())
+
+        # SAVE
+        every = args.checkpoint_interval
+        due = every and (finished or global_step // every > saved_step // every)
+        if due or stop_signals or finished and args.save_model:
+            state = {name: part.state_dict() for name, part in trained.items()}
+            state |= {"script": script, "args": vars(args), "evaluations": evaluations, "iteration": iteration}
+            state |= {"global_step": global_step, "torch_rng": torch.get_rng_state()}
+            state["envs"] = [(e.np_random.bit_generator.state, [p.position for p in e.players]) for e in envs]
+            torch.save(state, buffer := io.BytesIO())
+            write_atomically(os.path.join(run_dir, "checkpoint.pt"), buffer.getvalue())
+            saved_step = global_step
+        if finished or stop_signals:
+            break
+
+        # COLLECT
+        iteration += 1
+        obs, actions, logprobs, rewards, terminated, alive = collect(envs, actor, device)  # (T, E, N, ...)
+        global_step += int(alive.sum())
+
+        # ADVANTAGES
+        with torch.no_grad():
+            values = critic(obs)  # (T+1, E, N)
+        advantages = gae(rewards, values, terminated, alive, args.gamma, args.gae_lambda)  # (T, E, N)
+        returns = advantages + values[:-1]
+
+        # UPDATE POLICY AND CRITIC
+        batch = [x[alive] for x in (obs[:-1], actions, logprobs, advantages, returns)]  # (B, N, ...)
+        try:
+            losses = ppo_update(actor, critic, actor_optimizer, critic_optimizer, *batch, args)
+        except UserError as error:
+            raise UserError(f"iteration {iteration}: {error}; the last checkpoint is of frame {saved_step}") from error
+
+        # LOG
+        losses["explained_variance"] = 1 - (returns - values[:-1])[alive].var() / returns[alive].var()
+        episodes = rewards.sum(0).mean(0)  # (N), mean return of each agent
+        charts = {"episodic_return": episodes.sum(), "episodic_length": alive.sum(0).float().mean()}
+        charts |= {f"episodic_return_agent_{i}": value for i, value in enumerate(episodes)}
+        charts |= {"learning_rate": args.learning_rate, "SPS": (global_step - start_step) / (time.time() - start_time)}
+        for group, metrics in (("charts", charts), ("losses", losses)):
+            for name, value in metrics.items():
+                writer.add_scalar(f"{group}/{name}", float(value), global_step)
+        bar.set_postfix(eval=f"{evaluations[-1]['episodic_return']:.3f}")
+        bar.update(global_step - bar.n)
+
+    bar.close()
+    writer.close()
+    if stop_signals:
+        sys.exit(128 + stop_signals[0])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, ImportError) as error:
+        print(f"{os.path.basename(__file__)}: {error}", file=sys.stderr)
+        sys.exit(2)

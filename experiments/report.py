@@ -1,0 +1,571 @@
+"""From the runs' evaluations to README's results tables and to the figures, with their uncertainty.
+
+Collect what `launch.py` has run, at any time (only the grid's methods and tasks if experiments/grids/NAME.yaml exists;
+runs that are in the CSV already stay there when their folders are gone):
+    python experiments/report.py --collect OUTPUT_DIR --grid NAME    # -> experiments/results/NAME.csv
+Make every figure and every results table in README anew from the committed CSVs alone, or only compare the tables:
+    python experiments/report.py                                     # -> experiments/figures/, README.md
+    python experiments/report.py --check                             # exit 1 if a table differs from the CSVs
+
+In README a table goes between the lines `<!-- report:NAME-TABLE begin -->` and `<!-- report:NAME-TABLE end -->`, where
+TABLE is scores, aggregate, seeds or cost. Figures are figures/NAME-FIGURE-light.png (and dark, and svg).
+
+The score is the team return (on LBF in [0, 1]: nothing is normalised), or the win rate where there is one. A run's
+final score is its mean over the evaluations in the last 10% of frames (4.5M-5M of 5M, as in the paper). Evaluations are
+aligned by their nominal index, floor(frames / evaluation interval). A run is complete if it is finished and has the
+last evaluation that any run of its task has; only complete runs count, the others are drawn as thin lines.
+Statistics: Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice" (arXiv 2108.13264).
+"""
+
+import io
+import itertools
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import tyro
+import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+KEY = ["method", "task", "seed"]
+COLUMNS = [*KEY, "frames", "return", "return_std", "episodes", "finished", "seconds"]
+# The paper's LBF results (arXiv 2601.21523), read off its figures (about +-0.01): its name of a method, the IQM of the
+# team return at 5M frames over the six tasks [95% interval, where it is legible], the mean over 4.5M-5M on each task.
+PAPER_TASKS = [f"Foraging-{task}-coop-v3" for task in ("8x8-2p-4f", "10x10-2p-3f", "15x15-3p-4f")]
+PAPER_TASKS += [f"Foraging-{task}-v3" for task in ("10x10-3p-3f", "15x15-3p-4f", "15x15-4p-3f")]
+PAPER = {
+    "mappo_dg": ("MAPPO-DG", (0.855, 0.814, 0.880), (0.99, 0.92, 0.67, 0.94, 0.54, 0.82)),
+    "mappo_global": ("MAPPO-global", (0.775, 0.709, 0.839), (0.94, 0.95, 0.23, 0.88, 0.09, 0.82)),
+    "mappo_local": ("MAPPO-local", (0.584, 0.540, 0.620), (0.07, 0.00, 0.67, 0.91, 0.62, 0.90)),
+    "ippo_dg": ("IPPO-DG", (0.887, 0.830, 0.921), (0.98, 0.88, 0.84, 0.95, 0.49, 0.85)),
+    "ippo_global": ("IPPO-global", (0.681,), (0.93, 0.96, 0.28, 0.92, 0.09, 0.44)),
+    "ippo_local": ("IPPO-local", (0.663,), (0.07, 0.00, 0.78, 0.91, 0.68, 0.91)),
+}
+PAPER_FRAMES = 5_000_000
+
+
+class UserError(Exception):
+    """Something the user can put right: reported in one sentence, exit status 2."""
+
+
+# COLLECT
+def read_evaluations(path):
+    """One run's evaluations.csv with the tidy column names, without the half row that a kill may leave at its end."""
+    text = path.read_text()
+    table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1] or "global_step\n"))
+    table.columns = table.columns.str.replace("global_step", "frames").str.replace("episodic_return", "return")
+    missing = [name for name in COLUMNS[3:7] if name not in table and len(table)]
+    if missing:
+        raise UserError(f"{path} is not a run's evaluations.csv: it has no column for {missing[0]}")
+    return table
+
+
+def collect(output):
+    """Tidy table of the runs in output/<method>/<task>/seed<k>/; of a job's run folders, the one that got furthest."""
+    runs = []
+    for folder in sorted(output.glob("*/*/seed[0-9]*")):
+        tables = [read_evaluations(path) for path in sorted(folder.glob("runs/**/evaluations.csv"))]
+        tables = sorted((table for table in tables if len(table)), key=lambda table: table["frames"].max())
+        record = folder / "finished.json"
+        seconds = json.loads(record.read_text())["duration_seconds"] if record.exists() else np.nan
+        method, task, seed = folder.relative_to(output).parts
+        job = {"method": method, "task": task, "seed": int(seed.removeprefix("seed"))}
+        job |= {"finished": int(record.exists()), "seconds": np.round(seconds)}
+        runs += [table.assign(**job) for table in tables[-1:]]
+    if not runs:
+        raise UserError(f"{output} holds no evaluations (METHOD/TASK/seed1/runs/*/evaluations.csv)")
+    return pd.concat(runs, ignore_index=True)
+
+
+def merge(old, new):
+    """Runs of both tables; of a run in both, the one that reaches further (at a tie the finished one, then the new)."""
+    data = pd.concat([old.assign(new=0), new.assign(new=1)], ignore_index=True)
+    reach = data.groupby([*KEY, "new"], as_index=False)[["frames", "finished"]].max()
+    best = reach.sort_values(["frames", "finished", "new"]).drop_duplicates(KEY, keep="last")
+    return data.merge(best[[*KEY, "new"]]).drop(columns="new")
+
+
+def write(data, path):
+    """Writes the tidy CSV, all or nothing, in an order that keeps diffs small."""
+    extra = [name for name in data if re.match("win_rate|return_agent_", name) and data[name].notna().any()]
+    columns = [*COLUMNS, *sorted(extra, key=lambda name: (name != "win_rate", natural(name)))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    data.sort_values([*KEY, "frames"])[columns].to_csv(temporary, index=False, float_format="%.6g")
+    os.replace(temporary, path)
+
+
+# STATISTICS
+def natural(name):
+    """Sort key under which 8x8 comes before 10x10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def load(path):
+    """The tidy CSV + score, index (nominal evaluation), nominal (its frames), last (index of the run), complete."""
+    data = pd.read_csv(path)
+    data["score"] = data["win_rate"] if "win_rate" in data else data["return"]
+    gap = data.groupby(KEY)["frames"].diff().median()  # the interval, but for an overshoot of less than an iteration
+    nice = np.array([1, 2, 2.5, 5, 10]) * 10 ** np.floor(np.log10(gap)) if gap > 0 else np.array([1])
+    interval = nice[np.abs(np.log(nice / gap)).argmin()]
+    data["index"] = (data["frames"] // interval).astype(int)
+    data["nominal"] = data["index"] * interval
+    data = data.drop_duplicates([*KEY, "index"], keep="last")  # the closing evaluation may lie within an interval
+    data = data.assign(last=data.groupby(KEY)["index"].transform("max"))
+    longest = data.groupby("task")["last"].transform("max")
+    return data.assign(complete=(data["finished"] == 1) & (data["last"] == longest))
+
+
+def ordered(data, column):
+    """The methods or tasks of a grid: those of the paper first, in its order, then the others."""
+    known = list(PAPER) if column == "method" else PAPER_TASKS
+    return sorted(data[column].unique(), key=lambda x: (known.index(x) if x in known else len(known), natural(x)))
+
+
+def run_means(rows):
+    """Mean score of each run over the rows given: {(method, task): Series indexed by seed}."""
+    means = rows.groupby(KEY)["score"].mean()
+    return {pair: scores.droplevel(["method", "task"]) for pair, scores in means.groupby(["method", "task"])}
+
+
+def final_scores(data):
+    """Mean score of each complete run over its evaluations in the last 10% of frames, as `run_means`."""
+    return run_means(data[data["complete"] & (10 * data["index"] >= 9 * data["last"])])
+
+
+def score_matrices(data):
+    """{method: (R, M) final scores of the R seeds that are complete on all M tasks}, for methods with R >= 2."""
+    scores, tasks, matrices = final_scores(data), ordered(data, "task"), {}
+    for method in ordered(data, "method"):
+        columns = [scores.get((method, task), pd.Series(dtype=float)) for task in tasks]
+        matrices[method] = pd.concat(columns, axis=1, join="inner").to_numpy()
+    return {method: matrix for method, matrix in matrices.items() if len(matrix) >= 2}
+
+
+def score_curves(data, method):
+    """(R, M, K) scores at the K nominal evaluations that all tasks have, for the runs of `score_matrices`."""
+    rows = data[
+        data["complete"] & (data["method"] == method) & (data["index"] <= data.groupby("task")["last"].max().min())
+    ]
+    table = rows.pivot(index="seed", columns=["task", "index"], values="score").dropna()
+    return np.stack([table[task].to_numpy() for task in ordered(data, "task")], axis=1)
+
+
+def iqm(scores):
+    """Interquartile mean: mean of the middle half of all runs' scores; (..., R, M) -> (...). Agarwal et al. 2021."""
+    flat = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
+    cut = flat.shape[-1] // 4
+    return flat[..., cut : flat.shape[-1] - cut].mean(-1)
+
+
+def median(scores):
+    """Median over tasks of the mean over runs; (..., R, M) -> (...). Agarwal et al. 2021."""
+    return np.median(scores.mean(-2), axis=-1)
+
+
+def mean(scores):
+    """Mean over tasks and runs; (..., R, M) -> (...). Agarwal et al. 2021."""
+    return scores.mean((-2, -1))
+
+
+def optimality_gap(scores):
+    """By how much scores, clipped at 1, fall short of 1, on average; (..., R, M) -> (...). Agarwal et al. 2021."""
+    return 1 - np.minimum(scores, 1).mean((-2, -1))
+
+
+METRICS = {"IQM": iqm, "Median": median, "Mean": mean, "Optimality gap": optimality_gap}
+THRESHOLDS = np.linspace(0, 1, 101)
+
+
+def performance_profile(scores):
+    """Fraction of all runs that score above each of THRESHOLDS; (..., R, M) -> (..., 101). Agarwal et al. 2021."""
+    return np.stack([(scores > threshold).mean((-2, -1)) for threshold in THRESHOLDS], axis=-1)
+
+
+def probability_of_improvement(x, y):
+    """P(a run of x beats one of y on a task), ties half; (..., R, M), (..., S, M) -> (...). Agarwal et al. 2021."""
+    return 0.5 + 0.5 * np.sign(x[..., :, None, :] - y[..., None, :, :]).mean((-3, -2, -1))
+
+
+def estimate(statistic, *scores, reps=5000, seed=0):
+    """(3, ...): the statistic and its 95% percentile interval by stratified bootstrap. Agarwal et al. 2021.
+
+    Runs are drawn with replacement within each task (the stratum). scores: one (R, M) array for each argument of the
+    statistic, each resampled on its own.
+    """
+    rng = np.random.default_rng(seed)
+    samples = [x[rng.integers(len(x), size=(reps, *x.shape)), np.arange(x.shape[1])] for x in scores]
+    return np.stack([statistic(*scores), *np.percentile(statistic(*samples), [2.5, 97.5], axis=0)])
+
+
+# TABLES
+def number(x, digits):
+    """Fixed point; exact ties are rounded up, so that another machine's last bit cannot change README."""
+    return f"{x + 1e-9:.{digits}f}"
+
+
+def with_interval(value, *interval):
+    """A value and, if given, its interval as text."""
+    return number(value, 3) + (f" [{number(interval[0], 3)}, {number(interval[1], 3)}]" if interval else "")
+
+
+def mean_and_std(values, digits):
+    """Mean and, from two values on, sample standard deviation as text."""
+    deviation = f" ± {number(np.std(values, ddof=1), digits)}" if len(values) > 1 else ""
+    return number(np.mean(values), digits) + deviation if len(values) else "-"
+
+
+def markdown(header, rows, note):
+    """A Markdown table with a note under it."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join([*lines, "", note])
+
+
+def label(name):
+    """The paper's name of a method (with what a variant changes), the short name of a task."""
+    base = next((method for method in PAPER if f"{name}_".startswith(f"{method}_")), None)
+    return PAPER[base][0] + name[len(base) :].replace("_", " ") if base else re.sub(r"^Foraging-|-v\d+$", "", name)
+
+
+def score_name(data):
+    """What the score is."""
+    return "win rate" if "win_rate" in data else "team return"
+
+
+def finished_note(data):
+    """How many of the runs are complete, and how long they are."""
+    runs = data.groupby(KEY)["complete"].first()
+    frames = sorted(data.groupby("task")["nominal"].max().unique() / 1e6)
+    return f"{runs.sum()} of {len(runs)} runs finished ({', '.join(f'{f:g}M' for f in frames)} frames)."
+
+
+def paper_tasks(data):
+    """The tasks on which the paper's results are comparable: it has them, and the runs are as long."""
+    frames = data.groupby("task")["nominal"].max()
+    return [task for task in PAPER_TASKS if task in frames and frames[task] == PAPER_FRAMES]
+
+
+def paper_iqm(data, method):
+    """The paper's (IQM, low, high), or () where there is none or the grid has other tasks or fewer frames."""
+    return PAPER[method][1] if method in PAPER and paper_tasks(data) == ordered(data, "task") == PAPER_TASKS else ()
+
+
+def scores_table(data):
+    """Methods x tasks: mean and standard deviation over seeds of the final score; the paper's mean in the next row."""
+    scores, tasks, rows = final_scores(data), ordered(data, "task"), []
+    for method in ordered(data, "method"):
+        cells = [scores.get((method, task), []) for task in tasks]
+        rows.append([label(method), *(mean_and_std(cell, 2) + f" ({len(cell)})" * (len(cell) > 0) for cell in cells)])
+        paper = dict(zip(PAPER_TASKS, PAPER[method][2], strict=True)) if method in PAPER and paper_tasks(data) else {}
+        if paper:
+            rows.append(["*paper*", *(f"*{paper[task]:.2f}*" if task in paper_tasks(data) else "-" for task in tasks)])
+    note = f"Final {score_name(data)} (mean over the last 10% of frames): mean ± standard deviation over (n) seeds. "
+    return markdown(["method", *map(label, tasks)], rows, note + finished_note(data))
+
+
+def aggregate_table(data):
+    """Methods x aggregate metrics with their 95% intervals, with the paper's IQM where it is comparable."""
+    rows, paper = [], paper_tasks(data) == ordered(data, "task") == PAPER_TASKS
+    for method, scores in score_matrices(data).items():
+        cells = [with_interval(*estimate(metric, scores)) for metric in METRICS.values()]
+        if paper:
+            cells.insert(1, with_interval(*paper_iqm(data, method)) if paper_iqm(data, method) else "-")
+        rows.append([label(method), *cells, len(scores)])
+    header = ["method", "IQM", *["IQM, paper"] * paper, "median", "mean", "optimality gap", "seeds"]
+    note = (
+        f"Final {score_name(data)} over {data['task'].nunique()} tasks and the seeds (two or more) finished on all of "
+    )
+    note += f"them [95% stratified bootstrap interval]. {finished_note(data)}"
+    note += " The paper's IQM is at 5M frames, read off its figure (about ±0.01)." * paper
+    return markdown(header, rows, note)
+
+
+def seeds_table(data):
+    """Tasks x methods, a column per seed: the mean of the run's last four evaluations."""
+    scores = run_means(data[data["complete"] & (data["index"] > data["last"] - 4)])
+    seeds, rows = sorted(data["seed"].unique()), []
+    for task, method in itertools.product(ordered(data, "task"), ordered(data, "method")):
+        if (values := scores.get((method, task))) is not None:
+            cells = [number(values[seed], 3) if seed in values else "-" for seed in seeds]
+            rows.append([label(task), label(method), *cells, mean_and_std(values, 3)])
+    header = ["task", "method", *(f"seed {seed}" for seed in seeds), "mean ± std"]
+    return markdown(header, rows, f"Mean {score_name(data)} of each run's last four evaluations. {finished_note(data)}")
+
+
+def cost_table(data):
+    """Methods: time of the finished runs, one core each."""
+    runs = data[data["finished"] == 1].groupby(KEY)[["frames", "seconds"]].max()
+    methods = [(label(name), runs.xs(name)) for name in ordered(data, "method") if name in runs.index]
+    rows = []
+    for name, group in [*methods, ("all", runs)] if len(runs) else []:
+        seconds, frames = group["seconds"].sum(), group["frames"].sum()
+        speed = number(frames / seconds, 0)
+        rows.append([name, len(group), number(seconds / 3600, 1), number(seconds / 60 / len(group), 0), speed])
+    header = ["method", "finished runs", "core-hours", "minutes per run", "frames/s"]
+    return markdown(header, rows, "Wall-clock time of training and evaluation; every run uses one core.")
+
+
+TABLES = {"scores": scores_table, "aggregate": aggregate_table, "seeds": seeds_table, "cost": cost_table}
+
+
+# FIGURES
+# Page, text, grid lines, then Okabe and Ito's colour-blind safe colours in an order that suits the page.
+THEMES = {
+    "light": "#ffffff #1f2328 #d8dee4 #0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split(),
+    "dark": "#0d1117 #e6edf3 #30363d #56B4E9 #D55E00 #009E73 #CC79A7 #E69F00 #0072B2 #F0E442".split(),
+}
+
+
+def style(theme):
+    """The matplotlib settings of all figures."""
+    page, text, grid = THEMES[theme][:3]
+    settings = dict.fromkeys(["figure.facecolor", "axes.facecolor"], page)
+    settings |= dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], text)
+    settings |= {"axes.grid": True, "grid.color": grid, "axes.spines.top": False, "axes.spines.right": False}
+    settings |= {"font.size": 11, "axes.titlesize": 11, "legend.frameon": False, "svg.hashsalt": "report"}
+    return settings | {"figure.constrained_layout.use": True}
+
+
+def looks(methods, theme):
+    """{method: line style}: the colour is the reward scheme, IPPO is dashed; other methods share the other colours."""
+    colours = THEMES[theme][3:]
+    look = {m: {"color": colours[k % 3], "ls": "--" if k >= 3 else "-"} for k, m in enumerate(PAPER) if m in methods}
+    free = colours[3:] if look else colours
+    for k, method in enumerate(method for method in methods if method not in PAPER):
+        look[method] = {"color": free[k % len(free)], "ls": ["-", "--", ":", "-."][k // len(free) % 4]}
+    return look
+
+
+def new_figure(rows, columns, width, height, **kwargs):
+    """A figure of width x height inches and its (rows, columns) axes, without pyplot's global state."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def add_legend(figure, look):
+    """One legend above all panels, as wide as the figure, which grows by its height."""
+    handles = [Line2D([], [], lw=2.2, label=label(method), **line) for method, line in look.items()]
+    widest = max(len(handle.get_label()) for handle in handles)
+    rows = math.ceil(len(handles) / int(figure.get_figwidth() * 11 / (widest + 7)))
+    figure.set_figheight(figure.get_figheight() + 0.23 * rows)
+    figure.legend(handles=handles, loc="outside upper center", ncols=math.ceil(len(handles) / rows))
+
+
+def task_panels(data, height):
+    """A figure with a panel of the given height for each task, and its (axes, task) pairs."""
+    tasks = ordered(data, "task")
+    columns = min(3, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    figure, axes = new_figure(rows, columns, max(6.5, 3.4 * columns), height * rows + 0.4, sharex=True, sharey=True)
+    for ax in axes.flat[len(tasks) :]:
+        ax.set_visible(False)
+    for ax, task in zip(axes.flat, tasks, strict=False):
+        ax.set_title(label(task))
+    return figure, list(zip(axes.flat, tasks, strict=False))
+
+
+def draw_interval(ax, y, values, colour):
+    """A point and its interval as a horizontal bar."""
+    ax.plot(values[1:], [y, y], lw=8, alpha=0.45, solid_capstyle="butt", color=colour)
+    ax.plot(values[0], y, "o", ms=6, color=colour)
+
+
+def list_rows(ax, names):
+    """Names the rows of a horizontal plot, the first at the top."""
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+    ax.grid(axis="y", visible=False)
+
+
+def draw_curves(data, look):
+    """Learning curves: every run thin; the mean over complete runs thick (where none is, as far as all runs reach)."""
+    figure, panels = task_panels(data, 2.7)
+    for ax, task in panels:
+        for method, line in look.items():
+            runs = data[(data["task"] == task) & (data["method"] == method)]
+            for _, run in runs.groupby("seed"):
+                ax.plot(run["nominal"] / 1e6, run["score"], lw=0.6, alpha=0.5, **line)
+            chosen = runs["complete"] if runs["complete"].any() else runs["index"] <= runs["last"].min()
+            average = runs[chosen].groupby("nominal")["score"].mean()
+            ax.plot(average.index / 1e6, average, lw=2.2, zorder=3, **line)
+        ax.set(xlim=(0, None), ylim=(0, 1) if data["score"].between(0, 1).all() else None)
+    figure.supxlabel("environment frames (millions)", fontsize=11)
+    figure.supylabel(score_name(data), fontsize=11)
+    add_legend(figure, look)
+    return figure
+
+
+def draw_scores(data, look):
+    """Final scores: a dot for each complete run, a bar at the mean over seeds."""
+    scores = final_scores(data)
+    figure, panels = task_panels(data, 0.28 * len(look) + 0.6)
+    for ax, task in panels:
+        for y, (method, line) in enumerate(look.items()):
+            values = scores.get((method, task), [])
+            ax.plot(values, [y] * len(values), "o", ms=5, alpha=0.7, color=line["color"], mew=0)
+            if len(values):
+                ax.plot(np.mean(values), y, "|", ms=13, mew=2.5, color=line["color"])
+        list_rows(ax, [label(method) for method in look])
+    figure.supxlabel(f"final {score_name(data)}", fontsize=11)
+    return figure
+
+
+def draw_aggregate(data, look):
+    """IQM, median, mean, optimality gap, 95% intervals; the paper's IQM hollow, beneath ours. Agarwal et al. 2021."""
+    matrices, ink = score_matrices(data), mpl.rcParams["text.color"]
+    figure, axes = new_figure(1, len(METRICS), 10.2, 0.45 * len(matrices) + 0.8, sharey=True)
+    for ax, (name, metric) in zip(axes.flat, METRICS.items(), strict=True):
+        for y, (method, scores) in enumerate(matrices.items()):
+            draw_interval(ax, y, estimate(metric, scores), look[method]["color"])
+            paper = paper_iqm(data, method) if name == "IQM" else ()
+            ax.plot(paper[1:], [y + 0.32] * len(paper[1:]), lw=1, color=ink)
+            ax.plot(paper[:1], [y + 0.32] * len(paper[:1]), "D", ms=4.5, mfc=mpl.rcParams["axes.facecolor"], color=ink)
+        ax.set_title(name)
+        list_rows(ax, [label(method) for method in matrices])
+    if any(paper_iqm(data, method) for method in matrices):
+        diamond = Line2D([], [], ls="-", lw=1, marker="D", ms=4.5, mfc=mpl.rcParams["axes.facecolor"], color=ink)
+        figure.legend([diamond], ["the paper's IQM"], loc="outside lower left")
+    return figure
+
+
+def draw_bands(estimates, look, **axes):
+    """Lines with 95% bands; estimates: {method: (x, (line, low, high))}."""
+    figure, ((ax,),) = new_figure(1, 1, 6.5, 3.8)
+    for method, (x, (line, low, high)) in estimates.items():
+        ax.fill_between(x, low, high, color=look[method]["color"], alpha=0.15, lw=0)
+        ax.plot(x, line, lw=2.2, **look[method])
+    ax.set(**axes)
+    ax.margins(x=0)
+    add_legend(figure, {method: look[method] for method in estimates})
+    return figure
+
+
+def draw_profile(data, look):
+    """Performance profile: the fraction of runs above each score, with 95% bands. Agarwal et al. 2021."""
+    estimates = {m: (THRESHOLDS, estimate(performance_profile, scores)) for m, scores in score_matrices(data).items()}
+    return draw_bands(estimates, look, xlabel=f"final {score_name(data)} τ", ylabel="fraction of runs above τ")
+
+
+def draw_efficiency(data, look):
+    """Sample-efficiency curve: the IQM over tasks and seeds against frames, with 95% bands. Agarwal et al. 2021."""
+    estimates, nominal = {}, np.sort(data["nominal"].unique()) / 1e6
+    for method in score_matrices(data):
+        curves = np.moveaxis(score_curves(data, method), -1, 0)  # (K, R, M)
+        estimates[method] = (
+            nominal[: len(curves)],
+            np.stack([estimate(iqm, scores, reps=2000) for scores in curves], axis=1),
+        )
+    ylabel = f"IQM of {score_name(data)}"
+    return draw_bands(estimates, look, xlabel="environment frames (millions)", ylabel=ylabel, ylim=(0, 1))
+
+
+def draw_improvement(data, look):
+    """Probability that a DG method (or else the first) improves on each other, 95% intervals. Agarwal et al. 2021."""
+    matrices = score_matrices(data)
+    ours = [method for method in matrices if method in ("mappo_dg", "ippo_dg")] or list(matrices)[:1]
+    pairs = [(x, y) for k, x in enumerate(ours) for y in matrices if y not in ours[: k + 1]]
+    figure, ((ax,),) = new_figure(1, 1, 6.5, 0.42 * len(pairs) + 1)
+    for row, (x, y) in enumerate(pairs):
+        draw_interval(ax, row, estimate(probability_of_improvement, matrices[x], matrices[y]), look[x]["color"])
+    ax.axvline(0.5, color=mpl.rcParams["text.color"], lw=1, ls=":")
+    ax.set(xlim=(-0.02, 1.02), xlabel="probability of improvement on the same task")
+    list_rows(ax, [f"{label(x)} over {label(y)}" for x, y in pairs])
+    return figure
+
+
+def draw(grid, data, folder):
+    """Saves a grid's figures; those over several tasks only if two methods and two tasks can be compared in [0, 1]."""
+    figures = {"curves": draw_curves, "scores": draw_scores}
+    if len(score_matrices(data)) >= 2 and data["task"].nunique() >= 2 and data["score"].between(0, 1).all():
+        figures |= {"aggregate": draw_aggregate, "profile": draw_profile}
+        figures |= {"efficiency": draw_efficiency, "improvement": draw_improvement}
+    folder.mkdir(parents=True, exist_ok=True)
+    for theme in THEMES:
+        with mpl.rc_context(style(theme)):
+            for name, function in figures.items():
+                figure = function(data, looks(ordered(data, "method"), theme))
+                figure.savefig(folder / f"{grid}-{name}-{theme}.png", dpi=150, metadata={"Software": None})
+                figure.savefig(folder / f"{grid}-{name}-{theme}.svg", metadata={"Date": None})
+
+
+# MAIN
+def fill_tables(text, grids):
+    """README's text with the table between each pair of markers made anew, everything else as it is."""
+    pattern = re.compile(r"^(<!-- report:(\S+) begin -->\n).*?^(<!-- report:\2 end -->)", re.DOTALL | re.MULTILINE)
+    markers = re.findall(r"^<!-- report:(\S+) (begin|end) -->", text, re.MULTILINE)
+    if markers != [(match[2], end) for match in pattern.finditer(text) for end in ("begin", "end")]:
+        raise UserError("README.md: every `report:... begin` line needs its `end` line before the next one begins")
+
+    def table(match):
+        grid, _, name = match[2].rpartition("-")
+        if grid not in grids or name not in TABLES:
+            raise UserError(f"README.md: no table {match[2]}; grids: {', '.join(grids)}; tables: {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[name](grids[grid])}\n{match[3]}"
+
+    return pattern.sub(table, text)
+
+
+def load_grids(folder):
+    """{name: data} of the tidy CSVs in the folder; other experiments' CSVs there are left alone."""
+    paths = [path for path in sorted(folder.glob("*.csv")) if path.read_text().startswith(",".join(COLUMNS))]
+    return {path.stem: load(path) for path in paths}
+
+
+@dataclass
+class Args:
+    collect: Path | None = None
+    """output folder of launch.py, whose runs go into experiments/results/GRID.csv"""
+    grid: str | None = None
+    """name of the grid that is collected"""
+    check: bool = False
+    """change nothing; exit 1 if a table in README.md differs from what the CSVs give"""
+
+
+def collect_grid(output, grid, experiments):
+    """Merges the runs in the output folder that belong to the grid into its CSV."""
+    if not grid or not re.fullmatch(r"\w+", grid):
+        raise UserError("--collect needs --grid NAME, a name of letters, digits and underscores")
+    runs, path, definition = collect(output), experiments / f"results/{grid}.csv", experiments / f"grids/{grid}.yaml"
+    if definition.exists():  # several grids may share an output folder
+        settings = yaml.safe_load(definition.read_text())
+        tasks = [task["env_id"].replace("/", "_") for task in settings["tasks"]]
+        methods = [method["name"] for method in settings["methods"]]
+        runs = runs[runs["method"].isin(methods) & runs["task"].isin(tasks)]
+    write(merge(pd.read_csv(path), runs) if path.exists() else runs, path)
+
+
+def main(args, root):
+    """Does what the flags say in the repository at root and returns the exit status; raises UserError."""
+    readme, experiments = root / "README.md", root / "experiments"
+    if args.collect:
+        collect_grid(args.collect, args.grid, experiments)
+        return 0
+    grids = load_grids(experiments / "results")
+    old = readme.read_text() if readme.exists() else ""
+    new = fill_tables(old, grids)
+    if args.check:
+        print("README.md's tables " + ("equal the CSVs" if new == old else "differ: run python experiments/report.py"))
+        return int(new != old)
+    if new != old:
+        readme.write_text(new)
+    for grid, data in grids.items():
+        draw(grid, data, experiments / "figures")
+        print(f"{grid}: {finished_note(data)}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(Args, description=__doc__), Path(__file__).resolve().parents[1]))
+    except UserError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        sys.exit(2)

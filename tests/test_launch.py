@@ -1,0 +1,473 @@
+"""experiments/launch.py: nothing is lost, nothing runs twice, and a disturbed grid gives what an undisturbed one gives.
+
+Most tests use a small stand-in for the training scripts that keeps their contract (working directory, checkpoint,
+--resume, evaluations.csv, exit statuses) and counts instead of learning; one runs a real script.
+"""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LAUNCHER = REPOSITORY / "experiments" / "launch.py"
+sys.path.insert(0, str(LAUNCHER.parent))
+import launch  # noqa: E402
+
+TRAIN = """
+import argparse, fcntl, json, os, pathlib, signal, sys, time
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--env-id")
+parser.add_argument("--seed", type=int)
+parser.add_argument("--total-timesteps", type=int)
+parser.add_argument("--resume")
+parser.add_argument("--factor", type=int, default=1)
+args = parser.parse_args()
+job = "/".join(pathlib.Path.cwd().parts[-3:])
+
+only_one = open("only_one", "w")
+try:
+    fcntl.flock(only_one, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    pathlib.Path("TWICE").touch()
+    sys.exit(1)
+if job in os.environ.get("TRAIN_BAD_INPUT", ""):
+    print("the input is bad", file=sys.stderr)
+    sys.exit(2)
+
+run = pathlib.Path(args.resume).parent if args.resume else pathlib.Path(f"runs/{args.env_id}__{time.time_ns()}")
+run.mkdir(parents=True, exist_ok=True)
+state = {"step": 0, "value": 1000 * args.seed + ord(args.env_id), "rows": []}
+if args.resume:
+    state = json.loads(pathlib.Path(args.resume).read_text())
+
+def ancestors(pid):
+    return [pid, *ancestors(int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1]))] if pid > 1 else []
+
+def save():
+    text = "global_step,episodic_return\\n" + "".join(f"{step},{value}\\n" for step, value in state["rows"])
+    (run / "evaluations.csv").write_text(text)
+    (run / "checkpoint.tmp").write_text(json.dumps(state))
+    os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")
+
+def leave(number, _):
+    save()
+    sys.exit(128 + number)
+
+save()
+signal.signal(signal.SIGTERM, leave)
+signal.signal(signal.SIGINT, leave)
+start = {"pid": os.getpid(), "step": state["step"], "ancestors": ancestors(os.getpid()), "time": time.time(),
+         "threads": os.environ["OMP_NUM_THREADS"]}
+with open("starts.txt", "a") as file:
+    file.write(json.dumps(start) + "\\n")
+while state["step"] < args.total_timesteps:
+    state["step"] += 1
+    state["value"] = state["value"] * 16807 * args.factor % 2147483647
+    if state["step"] % 10 == 0:
+        state["rows"].append([state["step"], state["value"]])
+        save()
+    if state["step"] == 34 and (job in os.environ.get("TRAIN_CRASH", "") or (
+            job in os.environ.get("TRAIN_CRASH_ONCE", "") and not os.path.exists("crashed"))):
+        pathlib.Path("crashed").touch()
+        raise RuntimeError("this run crashes")
+    while state["step"] == 37 and os.path.exists(os.environ.get("TRAIN_HOLD", "")):
+        pathlib.Path("held").touch()
+        time.sleep(0.02)
+    time.sleep(0.002)
+"""
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """A grid of 8 jobs: 2 methods x 2 tasks x 2 seeds."""
+    folder = tmp_path_factory.mktemp("grid")
+    (folder / "train.py").write_text(TRAIN)
+    content = {
+        "total_timesteps": 60,
+        "seeds": [1, 2],
+        "methods": [
+            {"name": "one", "script": str(folder / "train.py")},
+            {"name": "two", "script": str(folder / "train.py"), "flags": "--factor 2"},
+        ],
+        "tasks": [{"env_id": "A"}, {"env_id": "B"}],
+    }
+    (folder / "small.yaml").write_text(yaml.safe_dump(content))
+    return folder / "small.yaml"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(grid, tmp_path_factory):
+    """The output folder of a grid that nothing has disturbed."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    assert run(grid, output, "--workers", "1")[0] == 0
+    return output
+
+
+@pytest.fixture
+def processes():
+    """A list of started processes; those still alive at the end of the test are killed."""
+    started = []
+    yield started
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def start(processes, grid, output, *flags, **environment):
+    """Starts a launcher in the background."""
+    command = [sys.executable, str(LAUNCHER), str(grid), "--output-dir", str(output), *flags]
+    environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    processes.append(process)
+    return process
+
+
+def run(grid, output, *flags, **environment):
+    """Runs a launcher to its end -> exit status, what it wrote to stderr."""
+    started = []
+    launcher = start(started, grid, output, *flags, **environment)
+    try:
+        return end(launcher)
+    finally:
+        launcher.kill()
+
+
+def end(launcher):
+    stderr = launcher.communicate(timeout=90)[1]
+    return launcher.returncode, stderr
+
+
+def starts(job_folder):
+    path = job_folder / "starts.txt"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def results(output):
+    """The evaluations of all finished jobs; each has one run folder, and no job ever ran twice at the same time."""
+    assert not list(output.glob("*/*/*/TWICE"))
+    jobs = sorted(path.parent for path in output.glob("*/*/seed*/finished.json"))
+    runs = {str(job.relative_to(output)): list(job.glob("runs/*")) for job in jobs}
+    assert all(len(folders) == 1 for folders in runs.values())
+    return {job: (folder / "evaluations.csv").read_text() for job, [folder] in runs.items()}
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+def held(output):
+    """The jobs that wait for the hold file to go."""
+    return sorted(path.parent for path in output.glob("*/*/*/held"))
+
+
+# GRID FILES
+
+
+def test_order_is_seed_by_seed(grid, tmp_path):
+    jobs = launch.read_grid(grid, tmp_path)
+    order = [(job.seed, job.env_id, job.method) for job in jobs]
+    assert order == [(seed, task, method) for seed in (1, 2) for task in "AB" for method in ("one", "two")]
+    assert jobs[1].command[2:] == "--env-id A --seed 1 --total-timesteps 60 --factor 2".split()
+    assert jobs[1].folder == tmp_path / "two" / "A" / "seed1"
+
+
+def test_only_tasks_and_seeds_of_a_task(grid, tmp_path):
+    content = yaml.safe_load(grid.read_text())
+    content["methods"][1]["only_tasks"] = ["B"]
+    content["tasks"][1]["seeds"] = [7]
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
+    jobs = launch.read_grid(tmp_path / "grid.yaml", tmp_path)
+    assert [(job.seed, job.env_id, job.method) for job in jobs] == [
+        (1, "A", "one"),
+        (2, "A", "one"),
+        (7, "B", "one"),
+        (7, "B", "two"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (lambda grid: grid.pop("seeds"), "seeds"),
+        (lambda grid: grid.update(seeds=[]), "seeds"),
+        (lambda grid: grid.update(seeds=["1"]), "seed"),
+        (lambda grid: grid.update(total_timesteps="5M"), "total_timesteps"),
+        (lambda grid: grid.update(sedes=[1]), "sedes"),
+        (lambda grid: grid["methods"][0].update(script="no_such.py"), "no_such.py"),
+        (lambda grid: grid["methods"][0].update(flags=["--c", 1]), "flags"),
+        (lambda grid: grid["methods"][0].update(only_tasks=["C"]), "only_tasks"),
+        (lambda grid: grid["methods"][0].update(name="two"), "same name"),
+        (lambda grid: grid["tasks"].append("A"), "a task must be a mapping"),
+    ],
+)
+def test_bad_grid(grid, tmp_path, change, word):
+    content = yaml.safe_load(grid.read_text())
+    change(content)
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=word):
+        launch.read_grid(tmp_path / "grid.yaml", tmp_path / "output")
+
+
+def test_bad_input_is_one_sentence_and_status_2(grid, tmp_path):
+    (tmp_path / "broken.yaml").write_text("seeds: [1")
+    for flags in ([tmp_path / "no.yaml"], [tmp_path / "broken.yaml"], [grid, "--workers", "0"]):
+        status, stderr = run(flags[0], tmp_path / "output", *flags[1:])
+        assert status == 2 and stderr.startswith("launch.py: ") and stderr.count("\n") == 1
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "experiments" / "grids").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_shipped_grid(path, tmp_path):
+    scripts = {REPOSITORY / method["script"] for method in yaml.safe_load(path.read_text())["methods"]}
+    if missing := [script.name for script in scripts if not script.exists()]:
+        pytest.skip(f"scripts that do not exist yet: {missing}")
+    for job in launch.read_grid(path, tmp_path):
+        vanilla = "Foraging" in job.env_id and "coop" not in job.env_id
+        assert ("--no-winner-take-all" in job.flags) == vanilla
+        for flag in re.findall(r"--(?:no-)?([a-z-]+)", " ".join(job.flags)):
+            assert f"\n    {flag.replace('-', '_')}: " in job.script.read_text(), f"{job.script.name} has no --{flag}"
+
+
+# LOCAL RUNS
+
+
+def test_finished_jobs_are_skipped(grid, undisturbed):
+    before = results(undisturbed)
+    assert len(before) == 8 and len(set(before.values())) == 8
+    jobs = [undisturbed / job for job in before]
+    by_time = sorted(jobs, key=lambda job: starts(job)[0]["time"])
+    assert [job.name for job in by_time] == ["seed1"] * 4 + ["seed2"] * 4
+    assert all(starts(job)[0]["threads"] == "1" for job in jobs)
+    finished = json.loads((undisturbed / "two/A/seed2/finished.json").read_text())
+    assert finished["command"][2:] == "--env-id A --seed 2 --total-timesteps 60 --factor 2".split()
+    assert finished["attempts"] == 1 and 0.1 < finished["duration_seconds"] < 60
+    assert (undisturbed / "two/A/seed2" / finished["run_folder"] / "checkpoint.pt").exists()
+
+    (undisturbed / "two/A/seed2/finished.json").unlink()
+    status, stderr = run(grid, undisturbed)
+    assert status == 0 and "done 1, running 0, waiting 0, failed 0, skipped 7" in stderr
+    assert run(grid, undisturbed) == (0, "")
+    assert results(undisturbed) == before and sum(len(starts(job)) for job in jobs) == 9
+
+
+def test_finished_with_other_settings(grid, undisturbed, tmp_path):
+    (tmp_path / "grid.yaml").write_text(grid.read_text().replace("total_timesteps: 60", "total_timesteps: 70"))
+    status, stderr = run(tmp_path / "grid.yaml", undisturbed)
+    assert status == 2 and "--total-timesteps 60" in stderr and "--total-timesteps 70" in stderr
+
+
+def test_failures_are_reported_while_the_others_go_on(grid, undisturbed, tmp_path):
+    wrong = {"TRAIN_CRASH": "one/A/seed1", "TRAIN_BAD_INPUT": "two/A/seed1"}
+    status, stderr = run(grid, tmp_path, "--retries", "1", **wrong)
+    assert status == 1
+    assert "one A seed 1: exit status 1" in stderr and "RuntimeError: this run crashes" in stderr
+    assert "two A seed 1: exit status 2" in stderr and "the input is bad" in stderr
+    assert "done 6, running 0, waiting 0, failed 2, skipped 0" in stderr
+    assert [start["step"] for start in starts(tmp_path / "one/A/seed1")] == [0, 30]  # once more, from its checkpoint
+    attempts = json.loads((tmp_path / "two/A/seed1/attempts.json").read_text())
+    assert [attempt["exit_status"] for attempt in attempts] == [2]  # never again
+    assert len(results(tmp_path)) == 6
+
+    assert run(grid, tmp_path)[0] == 0  # what made them fail has been put right
+    assert results(tmp_path) == results(undisturbed)
+
+
+def test_crash_killed_run_and_killed_launcher(grid, undisturbed, tmp_path, processes):
+    hold = tmp_path / "hold"
+    hold.touch()
+    output = tmp_path / "output"
+    first, second = output / "one/A/seed1", output / "two/A/seed1"
+    (first / "runs" / "died_before_its_first_checkpoint").mkdir(parents=True)
+    launcher = start(processes, grid, output, TRAIN_HOLD=hold, TRAIN_CRASH_ONCE="one/A/seed1")
+    wait_until(lambda: held(output) == [first, second])
+    os.kill(starts(second)[0]["pid"], signal.SIGKILL)
+    wait_until(lambda: len(starts(second)) == 2)
+    assert [start["step"] for start in starts(first)] == [0, 30]  # has crashed once
+    assert [start["step"] for start in starts(second)] == [0, 30]  # has been killed once
+    launcher.kill()
+    launcher.wait()
+
+    # Their launcher is gone but the two scripts live: a new launcher takes the other jobs and waits for these two.
+    new = start(processes, grid, output)
+    wait_until(lambda: len(results(output)) == 6)
+    time.sleep(1.5)
+    assert new.poll() is None and len(starts(first)) == len(starts(second)) == 2
+    hold.unlink()
+    assert end(new)[0] == 0
+    assert [start["step"] for start in starts(second)] == [0, 30, 60]  # nothing was left to do
+    assert results(output) == results(undisturbed)
+    finished = json.loads((second / "finished.json").read_text())
+    attempts = json.loads((second / "attempts.json").read_text())
+    assert finished["attempts"] == len(attempts) == 3
+    assert [attempt["exit_status"] for attempt in attempts] == [-signal.SIGKILL, None, 0]
+    assert attempts[1]["seconds"] > 1.5  # the time of the run without a launcher is counted
+    assert finished["duration_seconds"] == pytest.approx(sum(attempt["seconds"] for attempt in attempts))
+
+
+def test_two_launchers_at_once(grid, undisturbed, tmp_path, processes):
+    launchers = [start(processes, grid, tmp_path) for _ in range(2)]
+    assert [end(launcher)[0] for launcher in launchers] == [0, 0]
+    assert results(tmp_path) == results(undisturbed)
+    assert all(len(starts(tmp_path / job)) == 1 for job in results(tmp_path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_saves_and_a_new_start_goes_on(grid, undisturbed, tmp_path, processes, number):
+    hold = tmp_path / "hold"
+    hold.touch()
+    launcher = start(processes, grid, tmp_path, TRAIN_HOLD=hold)
+    jobs = wait_until(lambda: len(held(tmp_path)) == 2 and held(tmp_path))
+    os.killpg(launcher.pid, number)  # to its whole process group, as a terminal does
+    status, stderr = end(launcher)
+    assert status == 130 and "stopping" in stderr and "Traceback" not in stderr
+    for job in jobs:
+        assert json.loads((job / "attempts.json").read_text())[-1]["exit_status"] == 143
+        with open(job / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no script is alive
+    assert len(list(tmp_path.glob("*/*/*"))) == 2  # no further job was started
+    hold.unlink()
+    assert run(grid, tmp_path)[0] == 0
+    assert all([start["step"] for start in starts(job)] == [0, 37] for job in jobs)
+    assert results(tmp_path) == results(undisturbed)
+
+
+def test_run_that_someone_else_stopped_is_left_for_the_next_start(grid, undisturbed, tmp_path, processes):
+    hold = tmp_path / "hold"
+    hold.touch()
+    launcher = start(processes, grid, tmp_path, TRAIN_HOLD=hold)
+    job = wait_until(lambda: held(tmp_path))[0]
+    os.kill(starts(job)[0]["pid"], signal.SIGTERM)
+    wait_until(lambda: json.loads((job / "attempts.json").read_text())[-1]["exit_status"] == 143)
+    hold.unlink()
+    status, stderr = end(launcher)
+    assert status == 1 and "interrupted: " in stderr and "exit status 143" in stderr
+    assert len(results(tmp_path)) == 7 and len(starts(job)) == 1
+    assert run(grid, tmp_path)[0] == 0
+    assert results(tmp_path) == results(undisturbed)
+
+
+def test_progress(grid, tmp_path):
+    job = launch.read_grid(grid, tmp_path)[0]
+    assert launch.frames_done(job) == 0
+    (job.folder / "runs" / "a").mkdir(parents=True)
+    csv = job.folder / "runs" / "a" / "evaluations.csv"
+    for text, frames in [("", 0), ("global_step,x\n", 0), ("global_step,x\n0,1\n40,2\n", 40), ("x\n65,1\n", 60)]:
+        csv.write_text(text)
+        assert launch.frames_done(job) == frames
+
+
+def test_real_script(tmp_path, processes):
+    if not (REPOSITORY / "baselines" / "mappo_local_lbf.py").exists():
+        pytest.skip("baselines/mappo_local_lbf.py does not exist yet")
+    content = {
+        "total_timesteps": 6000,
+        "seeds": [1],
+        "flags": "--eval-interval 1000 --eval-episodes 2 --checkpoint-interval 500",
+        "methods": [{"name": "mappo_local", "script": "baselines/mappo_local_lbf.py"}],
+        "tasks": [{"env_id": "Foraging-10x10-3p-3f-v3", "flags": "--no-winner-take-all"}],
+    }
+    grid = tmp_path / "real.yaml"
+    grid.write_text(yaml.safe_dump(content))
+    undisturbed = start(processes, grid, tmp_path / "undisturbed")
+    job = launch.read_grid(grid, tmp_path / "disturbed")[0]
+    launcher = start(processes, grid, tmp_path / "disturbed")
+    wait_until(lambda: launch.frames_done(job) >= 1000)
+    launcher.send_signal(signal.SIGINT)
+    assert end(launcher)[0] == 130
+    assert run(grid, tmp_path / "disturbed")[0] == 0
+    assert end(undisturbed)[0] == 0
+    expected = results(tmp_path / "undisturbed")
+    [rows] = expected.values()
+    assert len(rows.splitlines()) == 8  # the header and the evaluations at 0, 1000, ..., 6000
+    assert results(tmp_path / "disturbed") == expected
+    (job.folder / "finished.json").unlink()  # as after a launcher that was killed while the script finished
+    assert run(grid, tmp_path / "disturbed")[0] == 0
+    assert results(tmp_path / "disturbed") == expected
+
+
+# RAY
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A Ray cluster of one node with one CPU, and the file that holds the runs on it."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    hold = tmp_path_factory.mktemp("ray") / "hold"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRAIN_HOLD", str(hold))
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 1,
+                "include_dashboard": False,
+                "_system_config": {"health_check_period_ms": 500},
+            },
+        )
+        yield cluster, hold
+        cluster.shutdown()
+
+
+def raylet_pid(node):
+    return node.all_processes["raylet"][0].process.pid
+
+
+def test_ray_node_is_killed(cluster, grid, undisturbed, tmp_path, processes):
+    cluster, hold = cluster
+    hold.touch()
+    node = cluster.add_node(num_cpus=1)
+    head_raylet, node_raylet = raylet_pid(cluster.head_node), raylet_pid(node)
+    launcher = start(processes, grid, tmp_path, "--backend", "ray", "--ray-address", cluster.address)
+    jobs = wait_until(lambda: len(held(tmp_path)) == 2 and held(tmp_path), 60)
+    where = {job: starts(job)[0]["ancestors"] for job in jobs}
+    assert sum(head_raylet in ancestors for ancestors in where.values()) == 1
+    [victim] = [job for job in jobs if node_raylet in where[job]]
+
+    # A lost machine: its raylet, its workers and the scripts that they run die together.
+    ancestors = where[victim]
+    for pid in reversed(ancestors[: ancestors.index(node_raylet)]):
+        os.kill(pid, signal.SIGKILL)
+    cluster.remove_node(node, allow_graceful=False)
+    hold.unlink()
+    assert end(launcher)[0] == 0
+    assert [start["step"] for start in starts(victim)] == [0, 30]
+    assert head_raylet in starts(victim)[1]["ancestors"]
+    assert results(tmp_path) == results(undisturbed)
+
+
+def test_ray_stop_saves_and_the_local_backend_goes_on(cluster, grid, undisturbed, tmp_path, processes):
+    cluster, hold = cluster
+    hold.touch()
+    launcher = start(processes, grid, tmp_path, "--backend", "ray", "--ray-address", cluster.address)
+    [job] = wait_until(lambda: held(tmp_path), 60)
+    launcher.send_signal(signal.SIGINT)
+    assert end(launcher)[0] == 130
+    assert json.loads((job / "attempts.json").read_text())[-1]["exit_status"] == 143
+    hold.unlink()
+    assert run(grid, tmp_path)[0] == 0
+    assert [start["step"] for start in starts(job)] == [0, 37]
+    assert results(tmp_path) == results(undisturbed)
+
+
+def test_ray_without_a_cluster(grid, tmp_path):
+    pytest.importorskip("ray")
+    status, stderr = run(grid, tmp_path, "--backend", "ray", "--ray-address", "127.0.0.1:1")
+    assert status == 2 and stderr.startswith("launch.py: ") and stderr.count("\n") == 1
