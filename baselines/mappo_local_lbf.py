@@ -152,15 +152,17 @@ class LevelBasedForaging(ForagingEnv):
             self._valid_actions[player] = self.view[cell][0]
 
     def _look_around(self, row, col):
-        beside = [(row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1)]  # north, south, west, east
-        free = [0 <= r < self.rows and 0 <= c < self.cols and (r, c) not in self.foods for r, c in beside]
-        load = not self.foods.keys().isdisjoint(beside)
-        top, left, food = max(row - self.sight, 0), max(col - self.sight, 0), []
-        for (r, c), level in self.foods.items():
-            if top <= r <= row + self.sight and left <= c <= col + self.sight:
+        (rows, cols), foods, sight = self.field_size, self.foods, self.sight
+        beside = ((row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1))  # north, south, west, east
+        can = [0 <= r < rows and 0 <= c < cols and (r, c) not in foods for r, c in beside] + [
+            bool(foods.keys() & beside)
+        ]
+        top, left, food = max(row - sight, 0), max(col - sight, 0), []
+        for (r, c), level in foods.items():
+            if top <= r <= row + sight and left <= c <= col + sight:
                 food += [r - top, c - left, level]
         food += [-1, -1, 0] * (self.max_num_food - len(food) // 3)
-        return [action for action, valid in zip(Action, (True, *free, load)) if valid], food
+        return [Action.NONE, *(action for action, valid in zip(self.action_set, can) if valid)], food
 
     def _make_gym_obs(self):
         reach, width = 2 * self.sight, 3 if self._observe_agent_levels else 2
@@ -338,7 +340,7 @@ def parse_args(script):
         if writer != script or saved.keys() != vars(args).keys():
             raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
         args = tyro.cli(Args, default=Args(**saved))
-        free = "resume save_model checkpoint_interval track wandb_project_name wandb_entity".split()
+        free = "resume save_model checkpoint_interval num_workers track wandb_project_name wandb_entity".split()
         for name in saved.keys() - free:
             if getattr(args, name) != saved[name]:
                 raise UserError(f"--resume: {name} is {getattr(args, name)} here, {saved[name]} in the checkpoint")

@@ -1,0 +1,238 @@
+"""How good is the learned dependence graph? A small world in which the true one is known.
+
+    python experiments/known_graph.py                  # every run -> results/known_graph.csv, figures/known_graph-*
+    python experiments/known_graph.py --figure-only    # the figure again, from the CSV
+
+The world: N agents sit on a ring. Agent i has a dial x^i in {0, 1, 2, 3} and a flag f^i in {0, 1}, and chooses one of
+four actions. It reaches its right neighbour j = i + 1 iff f^i = 1 and f^j = 0; each agent is reached by at most one other.
+    action-driven   the dial of a reached agent becomes a^i: the action of i is written into the next state of j
+    state-driven    the dial of a reached agent becomes x^i: where i is, not what it does, decides the next state of j
+    unseen          as action-driven, but an agent shows itself to the others only while its dial is 0 or 1
+The dial of any other agent turns by its own action, x' = x + a mod 4. Flags are coins, tossed anew after every step. An agent
+is paid 1 for a dial at 0. An agent observes its own features (seat, dial, flag) and those of all others (dial, flag), in the
+order of the ring: as in Level-Based Foraging, observations show other agents directly.
+
+The truth, for policies that read an agent's own features and j != i; z: own features; H: entropy (nats).
+    edge i -> j at t                  iff i reaches j at t, from the rules. Without a state in common, an action is independent
+                                      of the rest of the world given z^i, so
+    H(a^i | z^i)                      = entropy of the policy at z^i (random policy: ln 4)
+    H(a^i | z^j, z'^j, z^i)           = 0 on an edge (the dial of j shows a^i), H(a^i | z^i) elsewhere;
+                                      state-driven: H(a^i | z^i) everywhere
+    with raw observations o for z     also = 0 wherever i itself is not reached: o^j and o'^j show how the dial of i turned.
+                                      So for every c in (0, 1] three quarters of all pairs become edges and the precision is
+                                      1 / (3 (N - 1)): these edges are spurious, as the paper argues
+The encoder is there to keep of an observation what an agent's own actions change. What the models see:
+    encoder   observations, encoded           raw   observations as they are (--no-encoder of the training scripts)
+    own       own features only, not encoded: what a perfect encoder would leave
+
+Each iteration takes new data from a fixed policy (random, or trained by PPO on true-graph advantages) and makes one step
+of mappo_dg_lbf.py's own models. To keep the cost of N = 2..50 alike an iteration has up to 5000 pairs (i, j), and at most 500
+steps; `frames` in the CSV counts the steps. Everything is measured on held-out data, on pairs i != j.
+"""
+
+import itertools
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from matplotlib.lines import Line2D
+from report import THEMES, UserError, new_figure, style
+from scipy.stats import rankdata
+from watch import load_script
+
+dg = load_script("mappo_dg_lbf")
+DIAL = 4  # positions of a dial, and actions
+PAIRS, STEPS, HORIZON = 5000, 500, 20  # largest batch of an iteration in pairs and in steps; steps of an episode
+THRESHOLDS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
+ITERATIONS = {2: 400, 3: 400, 5: 800, 10: 800, 20: 1600, 50: 1600}  # by N
+OBSERVATIONS = ["encoder", "raw", "own"]
+
+
+# WORLD
+def reaching(flag):
+    """Does agent i reach i + 1? flags (..., N) -> (..., N) bool."""
+    return (flag == 1) & (np.roll(flag, -1, -1) == 0)
+
+
+def true_edges(flag):
+    """Edges of the coming step, an agent's own included; flags (..., N) -> (..., N_i, N_j) bool."""
+    N = flag.shape[-1]
+    return np.eye(N, dtype=bool) | (reaching(flag)[..., None] & np.roll(np.eye(N, dtype=bool), 1, -1))
+
+
+def next_dial(world, dial, flag, actions):
+    """The dials after a step; dials, flags and actions (..., N) -> (..., N)."""
+    written = dial if world == "state-driven" else actions
+    return np.where(np.roll(reaching(flag), 1, -1), np.roll(written, 1, -1), (dial + actions) % DIAL)
+
+
+def is_seen(world, dial):
+    """Does an agent show itself to the others? Dials (..., N) -> (..., N) bool."""
+    return (dial < 2) | (world != "unseen")
+
+
+def observe(world, dial, flag):
+    """Observations (..., N, D) float32: own seat (N, one-hot), dial (4, one-hot) and flag, then dial and flag of agents
+    i + 1, i + 2, ... of the ring, zeros for those that are not seen."""
+    N = dial.shape[-1]
+    features = np.concatenate([np.eye(DIAL)[dial], flag[..., None]], -1)
+    shown = features * is_seen(world, dial)[..., None]
+    order = (np.arange(N)[:, None] + np.arange(1, N)) % N
+    others = shown[..., order, :].reshape(*dial.shape, -1)
+    seat = np.broadcast_to(np.eye(N), (*dial.shape, N))
+    return np.concatenate([seat, features, others], -1).astype(np.float32)
+
+
+def own_features(obs):
+    """The part of the observations (..., N, D) that is about the agent itself: seat, dial, flag."""
+    return obs[..., : obs.shape[-2] + DIAL + 1]
+
+
+@dataclass
+class Data:
+    """T steps in E worlds, as tensors."""
+
+    obs: torch.Tensor  # (T+1, E, N, D)
+    actions: torch.Tensor  # (T, E, N)
+    policy: torch.Tensor  # (T, E, N, A), log-probabilities
+    rewards: torch.Tensor  # (T, E, N)
+    edges: torch.Tensor  # (T, E, N_i, N_j) bool, the true ones
+    seen: torch.Tensor  # (T+1, E, N) bool
+    alive: torch.Tensor  # (T, E) bool, all of them
+
+
+@torch.no_grad()
+def rollout(world, num_agents, T, E, rng, actor=None):
+    """Play T steps in E worlds, from dials and flags drawn uniformly; without an actor, random actions -> Data."""
+    dial, flag = (rng.integers(values, size=(E, num_agents)) for values in (DIAL, 2))
+    obs, seen, steps = [observe(world, dial, flag)], [is_seen(world, dial)], []
+    for _ in range(T):
+        policy = np.full((E, num_agents, DIAL), -np.log(DIAL), dtype=np.float32)
+        if actor is not None:
+            policy = actor(torch.from_numpy(own_features(obs[-1]))).log_softmax(-1).numpy()
+        actions = (policy + rng.gumbel(size=policy.shape)).argmax(-1)
+        edges, dial = true_edges(flag), next_dial(world, dial, flag, actions)
+        flag = rng.integers(2, size=flag.shape)
+        steps.append((actions, policy, (dial == 0).astype(np.float32), edges))
+        obs.append(observe(world, dial, flag))
+        seen.append(is_seen(world, dial))
+    tensors = [torch.from_numpy(np.stack(x)) for x in (obs, *zip(*steps), seen)]
+    return Data(*tensors, alive=torch.ones(T, E, dtype=torch.bool))
+
+
+def true_entropies(world, policy, edges):
+    """H(a^i | z^i) and H(a^i | z^j, z'^j, z^i) for i != j; log-policy (..., N, A), edges (..., N, N) -> (..., N), (..., N, N)."""
+    entropy = -(policy.exp() * policy).sum(-1)
+    known = edges & (world != "state-driven")
+    return entropy, entropy.unsqueeze(-1).expand(edges.shape).masked_fill(known, 0.0)
+
+
+def train_policy(world, num_agents, iterations, rng):
+    """A policy on own features, trained by the script's PPO with the advantages of the true graph -> actor."""
+    args = dg.Args()
+    D = num_agents + DIAL + 1
+    actor, critic = dg.AgentNetwork(D, num_agents, 64, DIAL), dg.Critic(num_agents * D, num_agents, 64, 1)
+    optimizers = [torch.optim.Adam(network.parameters(), lr=1e-3, eps=1e-5) for network in (actor, critic)]
+    for _ in range(iterations):
+        data = rollout(world, num_agents, HORIZON, 10, rng, actor)
+        obs, terminated = own_features(data.obs), torch.zeros_like(data.alive)
+        terminated[-1] = True
+        with torch.no_grad():
+            experience = data.rewards, critic(obs), terminated, data.alive
+        returns = dg.gae(*experience, args.gamma, args.gae_lambda) + experience[1][:-1]
+        advantages = dg.multi_agent_gae(*experience, data.edges, args.gamma, args.gae_lambda)
+        logprobs = data.policy.gather(-1, data.actions.unsqueeze(-1)).squeeze(-1)
+        batch = [x.flatten(0, 1) for x in (obs[:-1], data.actions, logprobs, advantages, returns)]
+        dg.ppo_update(actor, critic, *optimizers, *batch, args)
+    return actor
+
+
+# MEASURE
+def auc(score, positive):
+    """Area under the ROC curve: the probability that a positive has the higher score, ties half; nan without both."""
+    count = positive.sum()
+    if count in (0, len(positive)):
+        return np.nan
+    above = rankdata(score)[positive].sum() - count * (count + 1) / 2
+    return above / (count * (len(positive) - count))
+
+
+def precision_recall(graph, edges):
+    """Precision (nan without an edge in graph), recall, spurious rate: the share of non-edges in graph; bool arrays."""
+    correct, found, true = (graph & edges).sum(), graph.sum(), edges.sum()
+    with np.errstate(invalid="ignore"):
+        return np.divide([correct, correct, found - correct], [found, true, edges.size - true])
+
+
+@torch.no_grad()
+def measure(models, world, obs, data):
+    """Compare the models' graph with the truth on all pairs i != j of the data -> rows, one for each subset and c.
+
+    The subsets are those of the unseen world: is i shown to j before and after the step?
+    """
+    _, predictor, reverse = models(obs, data.alive)  # (B, N, A), (B, N, N, A)
+    N = predictor.shape[1]
+    between = ~np.eye(N, dtype=bool)
+    entropies = [torch.distributions.Categorical(logits=x).entropy() for x in (predictor, reverse)]
+    truth = true_entropies(world, data.policy.flatten(0, 1), data.edges.flatten(0, 1))
+    errors = [(learned - true).abs().numpy() for learned, true in zip(entropies, truth)]
+    score = -(entropies[1] / entropies[0].unsqueeze(-1)).numpy()
+    edges = data.edges.flatten(0, 1).numpy()
+    before, after = (x.flatten(0, 1).unsqueeze(-1).expand(edges.shape).numpy() for x in (data.seen[:-1], data.seen[1:]))
+    subsets = {"all": np.ones_like(edges)}
+    if world == "unseen":
+        subsets |= {"seen": before & after, "enters": ~before & after, "leaves": before & ~after}
+        subsets |= {"unseen": ~before & ~after}
+    rows = []
+    for (name, subset), c in itertools.product(subsets.items(), THRESHOLDS):
+        pairs = subset & between
+        graph, true = dg.learned_graph(predictor, reverse, c)[0].numpy()[pairs], edges[pairs]
+        row = {"subset": name, "c": c, "true_density": true.mean(), "density": graph.mean()}
+        row |= dict(zip(("precision", "recall", "spurious_rate"), precision_recall(graph, true)))
+        row |= {"auc": auc(score[pairs], true), "predictor_error": errors[0].mean()}
+        rows.append(row | {"edge_error": errors[1][pairs][true].mean(), "other_error": errors[1][pairs][~true].mean()})
+    return rows
+
+
+# RUNS
+def train(world, policy, num_agents, observation, seed, iterations, ppo_iterations=300):
+    """Train the script's graph models on new data in every iteration -> rows of measure() by amount of data."""
+    rng, held_out = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
+    torch.manual_seed(seed)
+    actor = train_policy(world, num_agents, ppo_iterations, rng) if policy == "trained" else None
+    see = own_features if observation == "own" else lambda obs: obs
+    size = PAIRS // num_agents**2
+    T, E = min(HORIZON, size), max(1, min(size, STEPS) // HORIZON)
+    test = rollout(world, num_agents, HORIZON, max(1, min(100, 10 * PAIRS // num_agents**2 // HORIZON)), held_out, actor)
+    models = dg.GraphModels(see(test.obs).shape[-1], DIAL, observation == "encoder")
+    optimizer = torch.optim.Adam(models.parameters(), lr=dg.Args.learning_rate, eps=1e-5, fused=True)
+    rows, due = [], [iterations // 2**k for k in range(6)]
+    for iteration in range(1, iterations + 1):
+        data = rollout(world, num_agents, T, E, rng, actor)
+        dg.update_graph_models(models(see(data.obs), data.alive), data.actions.flatten(0, 1), optimizer)
+        if iteration in due:
+            job = {"world": world, "policy": policy, "agents": num_agents, "observation": observation, "seed": seed}
+            job |= {"iteration": iteration, "frames": iteration * T * E}
+            found = measure(models, world, see(test.obs), test)
+            rows += [job | row for row in found if iteration == iterations or row["c"] in (0.5, 0.9)]
+    return rows
+
+
+def plan(seeds):
+    """(world, policy, N, observation, seed) of every run."""
+    runs = [("action-driven", "random", N, view) for N in (2, 5, 10, 20, 50) for view in OBSERVATIONS]
+    runs += [("action-driven", "trained", N, view) for N in (2, 5) for view in OBSERVATIONS]
+    runs += [(world, "random", 5, view) for world in ("state-driven", "unseen") for view in OBSERVATIONS]
+    return [(*run, seed) for run in runs for seed in range(1, seeds + 1)]
+
+
+QUICK = [("action-driven", "random", 2, view, 1) for view in OBSERVATIONS]
+QUICK += [("action-driven", "trained", 2, "own", 1), ("state-driven", "random", 2, "own", 1)]
+QUICK += [("unseen", "random", 3, "encoder", 1)]

@@ -1,0 +1,55 @@
+"""experiments/benchmark.py --quick: every table is printed and whole; nothing about time, which the machine decides."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+LBF = r"Foraging-\d+x\d+-\dp-\df(-coop)?-v3"
+NUMBER = r"-?[\d,]+(\.\d+)?"
+RATIO = rf"{NUMBER} \| {NUMBER} \| {NUMBER} \| {NUMBER}\.\.{NUMBER}"  # reference, ours, ratio, its range
+VERDICT = r">= [\d.]+ \| (yes|NO) \([+-]\d+ %\)"
+TABLES = {  # title -> what each of its rows looks like, and how many there are
+    "Environment steps/s": (rf"{LBF} \| {RATIO} \| ({VERDICT}| \| )", 6),
+    "Training frames/s": (rf"\S+_lbf\.py \| {RATIO} \| {VERDICT}", 2),
+    "multi_agent_gae": (rf"\(\d+, 10, \d+\) \| {RATIO} \| {VERDICT} \| \de-\d\d \| yes \(-\d+ %\)", 2),
+    "Phases of an iteration": (rf"\S+_lbf\.py \| {LBF}( \| \d+\.\d){{7}}", 4),
+    "The same from whole runs": (rf"\S+_lbf\.py \| {RATIO} \| {VERDICT}", 2),
+    "Peak memory": (r"mappo_dg_lbf\.py \| \d+ MB \| < 1000 MB \| (yes|NO) \([+-]\d+ %\)", 1),
+    "An iteration of mappo_dg_lbf.py": (r"\d+ \| \d+( \| \d+\.\d){6} \| \d+", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    command = [sys.executable, str(ROOT / "experiments" / "benchmark.py"), "--quick", "--end-to-end"]
+    folder = tmp_path_factory.mktemp("benchmark")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not os.listdir(folder), "the benchmark leaves nothing behind"
+    return done.stdout
+
+
+@pytest.mark.parametrize("title", TABLES)
+def test_table_is_whole(output, title):
+    sections = [part for part in output.split("\n### ") if part.startswith(title)]
+    assert len(sections) == 1
+    header, _, *rows = [line for line in sections[0].splitlines() if line.startswith("|")]
+    pattern, count = TABLES[title]
+    assert len(rows) == count
+    for row in rows:
+        assert row.count("|") == header.count("|")
+        assert re.fullmatch(rf"\| {pattern} \|", row), row
+
+
+def test_equals_the_definition(output):
+    differences = re.findall(r"\| (\de-\d\d) \|", output)
+    assert len(differences) == 2
+    assert all(float(difference) <= 1e-4 for difference in differences)
+
+
+def test_says_on_what_it_was_measured(output):
+    assert re.match(r".+, \d+ cores, of which one is used; \w+, Python 3\.\d+\.\d+, torch \d+\.\d+", output)

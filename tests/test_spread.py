@@ -1,0 +1,222 @@
+"""Star-spread against a plain loop over environments and agents, the known graph, and runs of every method."""
+
+import ast
+import csv
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load, run, run_folder, run_inside, scalars
+
+spread = load("experiments/spread.py")
+SHARED = "UserError AgentNetwork gae meeting_times multi_agent_gae gradient_step ppo_update write_atomically"
+
+
+def landmarks(N):
+    return [(0.7 * math.cos(2 * math.pi * k / N), 0.7 * math.sin(2 * math.pi * k / N)) for k in range(N)]
+
+
+def loop_rewards(positions):
+    """The definition, for one environment: positions, a list of N points -> N rewards without noise."""
+    marks = landmarks(len(positions))
+    rewards = [-min(math.dist(point, mark) for mark in marks) for point in positions]
+    rewards[0] = -sum(min(math.dist(point, mark) for point in positions) for mark in marks)
+    return rewards
+
+
+def loop_observation(positions, i):
+    """Own position, all landmarks, then all agents for the hub, as many zeros for a leaf."""
+    others = positions if i == 0 else [(0.0, 0.0)] * len(positions)
+    return [x for point in (positions[i], *landmarks(len(positions)), *others) for x in point]
+
+
+@pytest.mark.parametrize("N, E", [(2, 1), (5, 3), (20, 2)])
+def test_the_environment_is_the_loop(N, E):
+    env, rng = spread.StarSpread(N, E, seed=3, noise=0.0), np.random.default_rng(0)
+    obs = env.reset()
+    assert obs.shape == (E, N, 4 * N + 2) == (E, N, env.D) and obs.dtype == np.float32
+    positions = env.positions.tolist()
+    displacement = [(0, 0), (-0.1, 0), (0.1, 0), (0, -0.1), (0, 0.1)]
+    for _ in range(env.episode_length):
+        expected = [[loop_observation(points, i) for i in range(N)] for points in positions]
+        np.testing.assert_allclose(obs, expected, atol=1e-6)
+        actions = rng.integers(env.A, size=(E, N))
+        for e in range(E):
+            for i in range(N):
+                dx, dy = displacement[actions[e, i]]
+                positions[e][i] = (positions[e][i][0] + dx, positions[e][i][1] + dy)
+        obs, rewards = env.step(actions)
+        np.testing.assert_allclose(rewards, [loop_rewards(points) for points in positions], atol=1e-9)
+
+
+def test_starts_landmarks_and_noise():
+    env = spread.StarSpread(7, 2000, seed=1)
+    np.testing.assert_allclose(np.linalg.norm(env.landmarks, axis=-1), 0.7)
+    np.testing.assert_allclose(
+        np.linalg.norm(env.landmarks - np.roll(env.landmarks, 1, 0), axis=-1), 1.4 * math.sin(math.pi / 7)
+    )
+    env.reset()
+    assert (np.abs(env.positions) <= 1).all() and np.abs(env.positions.mean((0, 1))).max() < 0.03
+    np.testing.assert_allclose(env.positions.std((0, 1)), 3**-0.5, rtol=0.03)
+    _, rewards = env.step(np.zeros((2000, 7), dtype=int))
+    noise = rewards - [loop_rewards(points) for points in env.positions.tolist()]
+    np.testing.assert_allclose(noise.mean(0), 0, atol=0.1)
+    np.testing.assert_allclose(np.cov(noise.T), np.eye(7), atol=0.15)  # N(0, 1), each agent's own
+    first, again, other = (spread.StarSpread(3, 2, seed).reset() for seed in (1, 1, 2))
+    assert (first == again).all() and (first != other).any()
+
+
+def test_whom_an_agent_influences():
+    """The known graph by experiment: moving agent i changes the rewards of the hub and of i, of nobody else."""
+    N = 6
+    graph = spread.known_graph(N)
+    assert graph[:, 0].all() and graph.diagonal().all() and graph.sum() == 2 * N - 1  # row: influencer
+    influence = torch.eye(N, dtype=torch.bool)
+    for seed in range(50):
+        for i in range(N):
+            still, moved = (spread.StarSpread(N, 1, seed) for _ in range(2))
+            still.reset(), moved.reset()
+            actions = np.zeros((1, N), dtype=int)
+            rewards = still.step(actions)[1]
+            actions[0, i] = 1
+            influence[i] |= torch.from_numpy(moved.step(actions)[1] != rewards)[0]
+    assert torch.equal(influence, graph)
+
+
+def test_credit_of_the_known_graph():
+    """A leaf's advantage counts its own and the hub's TD errors, the hub's its own alone."""
+    T, E, N = 10, 2, 4
+    g = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn((T, E, N), generator=g), torch.randn((T + 1, E, N), generator=g)
+    alive = torch.ones((T, E), dtype=torch.bool)
+    experience = rewards, values, ~alive, alive
+    own = spread.gae(*experience, 0.99, 0.95)
+    graph = spread.known_graph(N).expand(T, E, N, N)
+    hard = spread.multi_agent_gae(*experience, graph, 0.99, 0.95, soft=False)
+    torch.testing.assert_close(hard[..., 0], own[..., 0])
+    torch.testing.assert_close(hard[..., 1:], own[..., 1:] + own[..., :1])
+    torch.testing.assert_close(  # the cut after 50 steps is no terminal state
+        own[-1], rewards[-1] + 0.99 * values[-1] - values[-2]
+    )
+
+
+def test_standardisation_is_that_of_all_rewards_so_far():
+    standardise, batches = spread.RunningStandardisation(3), []
+    for k in range(5):
+        batches.append(torch.randn((4, 2, 3)) * torch.tensor([1.0, 5.0, 0.1]) + k)
+        seen = torch.stack(batches).flatten(0, 2).double()
+        expected = (batches[-1] - seen.mean(0)) / seen.std(0, correction=0)
+        torch.testing.assert_close(standardise(batches[-1]), expected.float(), rtol=1e-3, atol=1e-3)
+    assert standardise(torch.ones((4, 2, 3))).isfinite().all()
+
+
+def test_what_the_critics_see():
+    env = spread.StarSpread(4, 3)
+    obs = torch.from_numpy(env.reset()).requires_grad_()
+    for algorithm, seen in (("mappo", {0}), ("ippo", {2})):
+        _, critic = spread.make_networks(spread.Args(algorithm=algorithm, num_agents=4), env)
+        values = critic(obs)
+        assert values.shape == (3, 4)
+        (gradient,) = torch.autograd.grad(values[1, 2], obs)
+        assert {int(i) for i in gradient[1].abs().sum(-1).nonzero()} == seen  # the hub's observation is the state
+        assert (gradient[0] == 0).all() and (gradient[2] == 0).all()
+    state = torch.cat([torch.from_numpy(env.landmarks.ravel()), torch.from_numpy(env.positions[1].ravel())])
+    torch.testing.assert_close(obs[1, 0, 2:].detach(), state.float())
+
+
+def test_shared_code_is_that_of_the_lbf_script():
+    sources = [(ROOT / path).read_text() for path in ("experiments/spread.py", "mappo_dg_lbf.py")]
+    ours, theirs = (
+        {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body if hasattr(node, "name")}
+        for source in sources
+    )
+    for name in SHARED.split():
+        assert ours[name] == theirs[name], name
+
+
+def options(*more):
+    return "--num-envs", 4, "--total-timesteps", 600, "--eval-interval", 400, "--eval-episodes", 6, *more
+
+
+@pytest.mark.parametrize("algorithm", ["mappo", "ippo"])
+@pytest.mark.parametrize("credit", ["dg", "local", "global"])
+def test_a_short_run(tmp_path, algorithm, credit):
+    method = "--algorithm", algorithm, "--credit", credit, "--num-agents", 3
+    done = run_inside(spread, *options(*method), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = run_folder(tmp_path)
+    assert folder.name.startswith(f"star-spread-3__spread_{algorithm}_{credit}__1__")
+    rows = list(csv.DictReader(open(folder / "evaluations.csv")))
+    assert [int(row["global_step"]) for row in rows] == [0, 400, 600] and rows[0]["episodes"] == "6"
+    for row in rows:
+        agents = sum(float(row[f"episodic_return_agent_{i}"]) for i in range(3))
+        assert (
+            agents == pytest.approx(float(row["episodic_return"]), rel=1e-4) and agents < -20
+        )  # raw, not standardised
+    logged = scalars(folder)
+    assert [step for step, _ in logged["charts/hub_return"]] == [200, 400, 600]
+    assert all(value == pytest.approx(1, abs=1e-4) for _, value in logged["losses/first_ratio"])
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    assert run_inside(spread, *options(), cwd=tmp_path / "whole").returncode == 0
+    update, calls = spread.ppo_update, []
+
+    def interrupted(*inputs):
+        calls.append(1)
+        return update(*inputs) if len(calls) < 3 else spread.gradient_step(None, None, None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spread, "ppo_update", interrupted)
+        with pytest.raises(AttributeError):  # a crash in the third iteration, after the checkpoint of the second
+            run_inside(spread, *options("--checkpoint-interval", 200), cwd=tmp_path / "parts")
+    folder = run_folder(tmp_path / "parts")
+    assert torch.load(folder / "checkpoint.pt")["global_step"] == 400
+    done = run_inside(spread, *options("--resume", folder / "checkpoint.pt"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole, parts = (run_folder(tmp_path / name) for name in ("whole", "parts"))
+    assert (whole / "evaluations.csv").read_text() == (parts / "evaluations.csv").read_text()
+    ends = [torch.load(path / "checkpoint.pt") for path in (whole, parts)]
+    for name in ("actor", "critic", "standardise"):
+        for key, value in ends[0][name].items():
+            assert torch.equal(value, ends[1][name][key]), (name, key)
+
+
+def test_dg_learns(tmp_path):
+    """40k frames of two agents: the return leaves the level of the untrained policy far behind."""
+    done = run_inside(spread, "--num-agents", 2, "--total-timesteps", 40_000, "--learning-rate", 2e-3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(open(run_folder(tmp_path) / "evaluations.csv")))
+    first, last = float(rows[0]["episodic_return"]), float(rows[-1]["episodic_return"])
+    assert last > 0.6 * first, (first, last)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [(("--num-agents", 1), "num_agents"), (("--total-timesteps", 10), "total_timesteps"), (("--gamma", 2), "gamma")],
+)
+def test_bad_settings_are_one_sentence(tmp_path, wrong, words):
+    done = run("experiments/spread.py", *wrong, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_scale_table(tmp_path):
+    done = run("experiments/spread_scale.py", "--num-agents", 3, 6, "--iterations", 1, "--csv", "t.csv", cwd=tmp_path)
+    rows = list(csv.DictReader(open(tmp_path / "t.csv")))
+    assert [row["N"] for row in rows] == ["3", "6"] and len(done.stdout.splitlines()) == 3
+    for row in rows:
+        phases = [float(row[f"{name} ms"]) for name in ("collect", "values", "gae", "multi_agent_gae", "ppo_update")]
+        assert min(phases) > 0 and sum(phases) <= float(row["iteration ms"]) + 0.5
+        assert float(row["process MB"]) > 50
+
+
+def test_multi_agent_gae_of_100_agents_stays_under_2_gb():
+    code = "import spread_scale; print(spread_scale.measure_memory(100))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "experiments", capture_output=True, text=True)
+    assert 20 < float(done.stdout) < 2000, done.stderr  # MB; 20 is the size of the meeting times

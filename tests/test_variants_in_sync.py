@@ -1,0 +1,199 @@
+"""The scripts repeat each other on purpose: what two of them share is identical, and their diffs stay small."""
+
+import ast
+import difflib
+import functools
+import itertools
+import re
+import sys
+
+import pytest
+from conftest import BASELINES, DG_SCRIPTS, LBF_SCRIPTS, ROOT
+
+# Lines that `diff` marks with < or >: what a reader of the diff has to read.
+MAX_DIFF_DG_TO_LOCAL = 200
+MAX_DIFF_LOCAL_TO_GLOBAL = 12
+MAX_DIFF_MAPPO_TO_IPPO = 12
+MAX_LINES_DG = 650
+MAX_LINES_BASELINE = 470
+
+# What two scripts may write differently, and why.
+ALLOWED = {
+    "Critic": "the one difference between MAPPO and IPPO is what the critic sees",
+    "main": "it is the algorithm itself; the limits on the diffs guard it",
+    "Args": "the baselines have no options of the graph; the fields are compared one by one",
+}
+SECTIONS = ["ENVIRONMENT", "NETWORKS", "DEPENDENCE GRAPH", "ADVANTAGES", "ROLLOUT", "PPO UPDATE", "EVALUATION"]
+SECTIONS += ["CHECKPOINTS"]
+STEPS = ["SET-UP", "EVALUATE", "SAVE", "COLLECT", "DEPENDENCE GRAPH", "ADVANTAGES", "UPDATE POLICY AND CRITIC", "LOG"]
+
+
+@functools.cache
+def source(script):
+    return (ROOT / script).read_text()
+
+
+@functools.cache
+def definitions(script):
+    """name -> source of every function and class of the script, decorators included."""
+    text, found = source(script), {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            decorators = [ast.get_source_segment(text, decorator) for decorator in node.decorator_list]
+            found[node.name] = "\n".join([*decorators, ast.get_source_segment(text, node)])
+    return found
+
+
+@functools.cache
+def fields(script):
+    """name -> (annotation, default, docstring as written) of every field of Args, in order."""
+    text, found = source(script), {}
+    (args,) = (node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    for field, doc in itertools.zip_longest(args.body[::2], args.body[1::2]):
+        assert isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr), f"{script}: a field has no help text"
+        found[field.target.id] = tuple(ast.get_source_segment(text, x) for x in (field.annotation, field.value, doc))
+    return found
+
+
+def changed_lines(a, b):
+    """How many lines are removed or added from script a to script b."""
+    return len(removed(a, b)) + len(removed(b, a))
+
+
+def removed(a, b):
+    """The lines of script a that a diff to script b takes away."""
+    mine, other = source(a).splitlines(), source(b).splitlines()
+    opcodes = difflib.SequenceMatcher(None, mine, other, autojunk=False).get_opcodes()
+    return [line for tag, start, end, _, _ in opcodes if tag != "equal" for line in mine[start:end]]
+
+
+def imports(node):
+    """The top-level names of the packages that are imported below node."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "a relative import"
+            yield child.module.split(".")[0]
+
+
+def header(script):
+    """The PEP 723 block as text, without the comment signs."""
+    block = re.match(r"# /// script\n((?:# .*\n)+)# ///\n", source(script))
+    assert block, f"{script} does not begin with a PEP 723 header"
+    return re.sub(r"^# ", "", block.group(1), flags=re.MULTILINE)
+
+
+def package(requirement):
+    return re.match(r"[A-Za-z0-9_-]+", requirement).group()
+
+
+PAIRS = list(itertools.combinations(LBF_SCRIPTS, 2))
+
+
+@pytest.mark.parametrize("a, b", PAIRS)
+def test_shared_functions_and_classes_are_identical(a, b):
+    mine, other = definitions(a), definitions(b)
+    shared = [name for name in mine if name in other]
+    assert len(shared) >= 15
+    same_critic = ("mappo" in a) == ("mappo" in b)
+    for name in shared:
+        if name not in ALLOWED or name == "Critic" and same_critic:
+            assert mine[name] == other[name], f"{name} differs between {a} and {b}"
+    assert shared == [name for name in other if name in mine], "not in the same order"
+
+
+@pytest.mark.parametrize("a, b", PAIRS)
+def test_shared_options_are_identical(a, b):
+    mine, other = fields(a), fields(b)
+    shared = [name for name in mine if name in other]
+    for name in shared:
+        assert mine[name] == other[name], f"Args.{name} differs between {a} and {b}"
+    assert shared == [name for name in other if name in mine], "not in the same order"
+    if (a in DG_SCRIPTS) == (b in DG_SCRIPTS):
+        assert mine == other
+    else:
+        assert set(mine) > set(other)  # the baselines have the common options, all of them and no other ones
+
+
+def test_only_a_dg_script_has_a_graph():
+    graph = {"mlp", "ReverseModel", "GraphModels", "learned_graph", "oracle_graph", "change_edges", "graph_statistics"}
+    graph |= {"update_graph_models", "meeting_times", "multi_agent_gae"}
+    for script in DG_SCRIPTS:
+        for baseline in BASELINES:
+            assert set(definitions(script)) - set(definitions(baseline)) == graph
+            assert set(definitions(baseline)) <= set(definitions(script))
+
+
+@pytest.mark.parametrize("algorithm", ["mappo", "ippo"])
+def test_diffs_from_dg_to_local_to_global(algorithm):
+    local = f"baselines/{algorithm}_local_lbf.py"
+    assert changed_lines(f"{algorithm}_dg_lbf.py", local) <= MAX_DIFF_DG_TO_LOCAL
+    assert changed_lines(local, f"baselines/{algorithm}_global_lbf.py") <= MAX_DIFF_LOCAL_TO_GLOBAL
+
+
+@pytest.mark.parametrize("mappo", [script for script in LBF_SCRIPTS if "mappo" in script])
+def test_diffs_from_mappo_to_ippo(mappo):
+    assert changed_lines(mappo, mappo.replace("mappo", "ippo")) <= MAX_DIFF_MAPPO_TO_IPPO
+
+
+def test_a_baseline_adds_nothing_but_its_own_few_lines():
+    """Hardly a line of a local baseline is missing from the DG script: the diff is what the method adds."""
+    for algorithm in ("mappo", "ippo"):
+        new = removed(f"baselines/{algorithm}_local_lbf.py", f"{algorithm}_dg_lbf.py")
+        assert len(new) <= 20, "\n".join(new)
+
+
+def test_lengths():
+    for script in LBF_SCRIPTS:
+        limit = MAX_LINES_DG if script in DG_SCRIPTS else MAX_LINES_BASELINE
+        lines = source(script).splitlines()
+        assert len(lines) < limit and max(map(len, lines)) <= 120
+
+
+def test_third_party_imports_only(lbf_script):
+    """Whatever is imported is in the standard library or in the header; wandb only when it is asked for."""
+    tree = ast.parse(source(lbf_script))
+    dependencies = {package(requirement) for requirement in re.findall(r'"([a-z][^"]*)"', header(lbf_script))}
+    third_party = set(imports(tree)) - sys.stdlib_module_names
+    assert third_party - {"wandb"} <= dependencies
+    assert dependencies - third_party == {"tensorboard"}  # by way of torch.utils.tensorboard
+    top_level = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert "wandb" not in {name for node in top_level for name in imports(node)}
+
+
+def test_headers():
+    """The same in all scripts, and in agreement with requirements.txt."""
+    assert len({header(script) for script in LBF_SCRIPTS}) == 1
+    text = header(LBF_SCRIPTS[0])
+    assert 'requires-python = ">=3.10"' in text
+    dependencies = re.search(r"^dependencies = (\[.*\])$", text, re.MULTILINE).group(1)
+    dependencies = ast.literal_eval(dependencies)
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    required = {package(line): line for line in lines if line}
+    assert {package(dependency) for dependency in dependencies} <= required.keys()
+    for_tests_alone = required.keys() - {package(dependency) for dependency in dependencies}
+    assert for_tests_alone <= {"pytest", "pytest-xdist", "hypothesis"}
+    (torch,) = (dependency for dependency in dependencies if package(dependency) == "torch")
+    assert torch == required["torch"] and "<=2.13.0" in torch
+
+
+def test_sections(lbf_script):
+    """Announced by the same comments, in the same order, in every script."""
+    announced = re.findall(r"^# ([A-Z][A-Z -]+)$", source(lbf_script), re.MULTILINE)
+    assert announced == [name for name in SECTIONS if lbf_script in DG_SCRIPTS or name != "DEPENDENCE GRAPH"]
+    steps = re.findall(r"^ +# ([A-Z][A-Z-]+(?: [A-Z]+)*)", source(lbf_script), re.MULTILINE)
+    assert steps == [name for name in STEPS if lbf_script in DG_SCRIPTS or name != "DEPENDENCE GRAPH"]
+    text = source(lbf_script)
+    order = ["class Args", "class UserError", "# ENVIRONMENT", "def main():", 'if __name__ == "__main__":']
+    assert [text.index(mark) for mark in order] == sorted(text.index(mark) for mark in order)
+    assert re.search(r'^"""\w+ with .*arXiv 2601.21523', text, re.MULTILINE)
+
+
+def test_nothing_is_dead(lbf_script):
+    """Every function and class is used outside of its definition, every option read from args."""
+    text = source(lbf_script)
+    for name in definitions(lbf_script):
+        assert len(re.findall(rf"\b{name}\b", text)) >= 2, name
+    for name in fields(lbf_script):
+        assert re.search(rf"\bargs\.{name}\b", text), name
