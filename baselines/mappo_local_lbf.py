@@ -117,7 +117,7 @@ class LevelBasedForaging(ForagingEnv):
 
     def __init__(self, winner_take_all=False, **kwargs):
         super().__init__(**kwargs)
-        self.winner_take_all, self.board = winner_take_all, None
+        self.winner_take_all, self.board, self._valid_actions = winner_take_all, None, {}
 
     def spawn_food(self, max_num_food, min_levels, max_levels):
         if self.winner_take_all:
@@ -143,7 +143,6 @@ class LevelBasedForaging(ForagingEnv):
             rows, cols = self.field.nonzero()
             self.foods = dict(zip(zip(rows.tolist(), cols.tolist()), self.field[rows, cols].tolist()))  # cell -> level
             self.board, self.view = board, {}
-        self._valid_actions = {}
         for player in self.players:
             cell = player.position = int(player.position[0]), int(player.position[1])
             player.history.append(cell)  # cleared by reset; the package leaves it empty
@@ -154,9 +153,8 @@ class LevelBasedForaging(ForagingEnv):
     def _look_around(self, row, col):
         (rows, cols), foods, sight = self.field_size, self.foods, self.sight
         beside = ((row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1))  # north, south, west, east
-        can = [0 <= r < rows and 0 <= c < cols and (r, c) not in foods for r, c in beside] + [
-            bool(foods.keys() & beside)
-        ]
+        can = [0 <= r < rows and 0 <= c < cols and (r, c) not in foods for r, c in beside]
+        can.append(bool(foods.keys() & beside))  # load
         top, left, food = max(row - sight, 0), max(col - sight, 0), []
         for (r, c), level in foods.items():
             if top <= r <= row + sight and left <= c <= col + sight:
