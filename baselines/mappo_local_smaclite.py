@@ -92,7 +92,6 @@ class Args:
     """episodes of an evaluation"""
     eval_greedy: bool = True
     """evaluate with the most likely actions instead of sampled ones"""
-
     hidden_dim: int = 64
     """units of each hidden layer of policy and critic"""
     learning_rate: float = 5e-4
@@ -433,8 +432,7 @@ def ppo_update(actor, critic, actor_optimizer, critic_optimizer, batch, args):
     """
     obs, state, avail, active, alive, actions, logprobs, advantages, returns = batch
     advantages, history = advantages[active], []  # (R)
-    if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if args.norm_adv else advantages
     for _ in range(args.update_epochs):
         value_loss = 0.5 * ((critic(state[alive]) - returns[alive]) ** 2).mean()
         gradient_step(critic_optimizer, value_loss, "value_loss", args.max_grad_norm)
@@ -487,7 +485,7 @@ def parse_args(script):
     if args.resume:
         try:
             checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            writer, saved = checkpoint["script"], checkpoint["args"]
+            writer, saved = checkpoint["script"], dict(checkpoint["args"])
         except Exception as error:
             raise UserError(f"--resume: {args.resume} is not a whole checkpoint ({type(error).__name__})") from error
         if writer != script or saved.keys() != vars(args).keys():
@@ -507,8 +505,6 @@ def main():
     args, checkpoint = parse_args(script)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = os.path.dirname(os.path.abspath(args.resume)) if checkpoint else os.path.join("runs", run_name)
-    if not checkpoint and os.path.exists(run_dir):
-        raise UserError(f"the run folder {run_dir} exists and is never overwritten")
     if args.track:
         import wandb  # optional: pip install wandb
 
@@ -540,6 +536,10 @@ def main():
         for name, part in trained.items():
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["torch_rng"])
+    try:
+        os.makedirs(run_dir, exist_ok=bool(checkpoint))
+    except FileExistsError as error:
+        raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else None)
     settings = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + settings)
@@ -560,8 +560,7 @@ def main():
             for name, value in row.items():
                 writer.add_scalar(f"eval/{name}", value, global_step)
             evaluations.append({"global_step": global_step} | row)
-            lines = [evaluations[0].keys(), *(row.values() for row in evaluations)]
-            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+            text = "".join(",".join(map(str, line)) + "\n" for line in [evaluations[0], *map(dict.values, evaluations)])
             write_atomically(os.path.join(run_dir, "evaluations.csv"), text.encode())
 
         # SAVE
@@ -595,7 +594,9 @@ def main():
         try:
             losses = ppo_update(actor, critic, actor_optimizer, critic_optimizer, batch, args)
         except UserError as error:
-            raise UserError(f"iteration {iteration}: {error}; the last checkpoint is of frame {saved_step}") from error
+            bar.close()
+            last = f"the last checkpoint is of frame {saved_step}" if saved_step >= 0 else "there is no checkpoint"
+            raise UserError(f"iteration {iteration}: {error}; {last}") from error
 
         # LOG
         losses["explained_variance"] = 1 - (returns - values[:-1])[alive].var() / returns[alive].var()

@@ -4,30 +4,29 @@
     python experiments/known_graph.py --figure-only    # the figure again, from the CSV
 
 The world: N agents sit on a ring. Agent i has a dial x^i in {0, 1, 2, 3} and a flag f^i in {0, 1}, and chooses one of
-four actions. It reaches its right neighbour j = i + 1 iff f^i = 1 and f^j = 0; each agent is reached by at most one other.
+four actions. It reaches its right neighbour j = i + 1 iff f^i = 1 and f^j = 0, so nobody is reached by two others.
     action-driven   the dial of a reached agent becomes a^i: the action of i is written into the next state of j
     state-driven    the dial of a reached agent becomes x^i: where i is, not what it does, decides the next state of j
     unseen          as action-driven, but an agent shows itself to the others only while its dial is 0 or 1
-The dial of any other agent turns by its own action, x' = x + a mod 4. Flags are coins, tossed anew after every step. An agent
-is paid 1 for a dial at 0. An agent observes its own features (seat, dial, flag) and those of all others (dial, flag), in the
-order of the ring: as in Level-Based Foraging, observations show other agents directly.
+The dial of any other agent turns by its own action, x' = x + a mod 4. Flags are coins, tossed anew after every step.
+An agent is paid 1 for a dial at 0. It observes its own features (seat, dial, flag) and those of all others (dial,
+flag), in the order of the ring: as in Level-Based Foraging, observations show other agents directly.
 
-The truth, for policies that read an agent's own features and j != i; z: own features; H: entropy (nats).
-    edge i -> j at t                  iff i reaches j at t, from the rules. Without a state in common, an action is independent
-                                      of the rest of the world given z^i, so
-    H(a^i | z^i)                      = entropy of the policy at z^i (random policy: ln 4)
-    H(a^i | z^j, z'^j, z^i)           = 0 on an edge (the dial of j shows a^i), H(a^i | z^i) elsewhere;
-                                      state-driven: H(a^i | z^i) everywhere
-    with raw observations o for z     also = 0 wherever i itself is not reached: o^j and o'^j show how the dial of i turned.
-                                      So for every c in (0, 1] three quarters of all pairs become edges and the precision is
-                                      1 / (3 (N - 1)): these edges are spurious, as the paper argues
-The encoder is there to keep of an observation what an agent's own actions change. What the models see:
+The truth, for i != j and policies that read an agent's own features z (H: entropy in nats; given z^i, an action is
+independent of the rest of the world):
+    edge i -> j               iff i reaches j
+    H(a^i | z^i)              is the entropy of the policy at z^i; ln 4 if it is random
+    H(a^i | z^j, z'^j, z^i)   is 0 on an edge, where the dial of j shows a^i, and H(a^i | z^i) elsewhere;
+                              in the state-driven world it is H(a^i | z^i) everywhere: no edge can be found
+With whole observations o in place of z, o^j and o'^j also show how the dial of i turned, which gives a^i away unless i
+is itself reached. So H(a^i | o^j, o'^j, o^i) is 0 for three quarters of all pairs, and the precision of the rule is
+1 / (3 (N - 1)) for every c in (0, 1]: the spurious edges that the encoder is there to prevent. What the models see:
     encoder   observations, encoded           raw   observations as they are (--no-encoder of the training scripts)
     own       own features only, not encoded: what a perfect encoder would leave
 
-Each iteration takes new data from a fixed policy (random, or trained by PPO on true-graph advantages) and makes one step
-of mappo_dg_lbf.py's own models. To keep the cost of N = 2..50 alike an iteration has up to 5000 pairs (i, j), and at most 500
-steps; `frames` in the CSV counts the steps. Everything is measured on held-out data, on pairs i != j.
+Each iteration takes new data from a fixed policy (random, or trained by PPO on the true graph's advantages) and makes
+one step of mappo_dg_lbf.py's own models. So that N = 2..50 cost about the same, an iteration has at most 5000 pairs
+(i, j), and at most 500 steps; `frames` in the CSV counts the steps. All measures are of held-out data, pairs i != j.
 """
 
 import itertools
@@ -51,7 +50,7 @@ dg = load_script("mappo_dg_lbf")
 DIAL = 4  # positions of a dial, and actions
 PAIRS, STEPS, HORIZON = 5000, 500, 20  # largest batch of an iteration in pairs and in steps; steps of an episode
 THRESHOLDS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
-ITERATIONS = {2: 400, 3: 400, 5: 800, 10: 800, 20: 1600, 50: 1600}  # by N
+ITERATIONS = {2: 160, 5: 400, 10: 400, 20: 800, 50: 400}  # by N
 OBSERVATIONS = ["encoder", "raw", "own"]
 
 
@@ -128,7 +127,10 @@ def rollout(world, num_agents, T, E, rng, actor=None):
 
 
 def true_entropies(world, policy, edges):
-    """H(a^i | z^i) and H(a^i | z^j, z'^j, z^i) for i != j; log-policy (..., N, A), edges (..., N, N) -> (..., N), (..., N, N)."""
+    """H(a^i | z^i) (..., N) and, for i != j, H(a^i | z^j, z'^j, z^i) (..., N_i, N_j): the truth stated above.
+
+    policy (..., N, A): log-probabilities of the actions; edges (..., N, N) bool.
+    """
     entropy = -(policy.exp() * policy).sum(-1)
     known = edges & (world != "state-driven")
     return entropy, entropy.unsqueeze(-1).expand(edges.shape).masked_fill(known, 0.0)
@@ -183,7 +185,7 @@ def measure(models, world, obs, data):
     entropies = [torch.distributions.Categorical(logits=x).entropy() for x in (predictor, reverse)]
     truth = true_entropies(world, data.policy.flatten(0, 1), data.edges.flatten(0, 1))
     errors = [(learned - true).abs().numpy() for learned, true in zip(entropies, truth)]
-    score = -(entropies[1] / entropies[0].unsqueeze(-1)).numpy()
+    score = -(entropies[1] / entropies[0].unsqueeze(-1).clamp(min=1e-9)).numpy()
     edges = data.edges.flatten(0, 1).numpy()
     before, after = (x.flatten(0, 1).unsqueeze(-1).expand(edges.shape).numpy() for x in (data.seen[:-1], data.seen[1:]))
     subsets = {"all": np.ones_like(edges)}
@@ -202,7 +204,7 @@ def measure(models, world, obs, data):
 
 
 # RUNS
-def train(world, policy, num_agents, observation, seed, iterations, ppo_iterations=300):
+def train(world, policy, num_agents, observation, seed, iterations, ppo_iterations=200):
     """Train the script's graph models on new data in every iteration -> rows of measure() by amount of data."""
     rng, held_out = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
     torch.manual_seed(seed)
@@ -210,7 +212,9 @@ def train(world, policy, num_agents, observation, seed, iterations, ppo_iteratio
     see = own_features if observation == "own" else lambda obs: obs
     size = PAIRS // num_agents**2
     T, E = min(HORIZON, size), max(1, min(size, STEPS) // HORIZON)
-    test = rollout(world, num_agents, HORIZON, max(1, min(100, 10 * PAIRS // num_agents**2 // HORIZON)), held_out, actor)
+    test = rollout(
+        world, num_agents, HORIZON, max(1, min(100, 10 * PAIRS // num_agents**2 // HORIZON)), held_out, actor
+    )
     models = dg.GraphModels(see(test.obs).shape[-1], DIAL, observation == "encoder")
     optimizer = torch.optim.Adam(models.parameters(), lr=dg.Args.learning_rate, eps=1e-5, fused=True)
     rows, due = [], [iterations // 2**k for k in range(6)]
@@ -227,12 +231,121 @@ def train(world, policy, num_agents, observation, seed, iterations, ppo_iteratio
 
 def plan(seeds):
     """(world, policy, N, observation, seed) of every run."""
-    runs = [("action-driven", "random", N, view) for N in (2, 5, 10, 20, 50) for view in OBSERVATIONS]
-    runs += [("action-driven", "trained", N, view) for N in (2, 5) for view in OBSERVATIONS]
-    runs += [(world, "random", 5, view) for world in ("state-driven", "unseen") for view in OBSERVATIONS]
-    return [(*run, seed) for run in runs for seed in range(1, seeds + 1)]
+    runs = [("action-driven", "random", N, view) for N in ITERATIONS for view in OBSERVATIONS]
+    runs += [("action-driven", "trained", 5, view) for view in OBSERVATIONS]
+    runs += [("state-driven", "random", 5, view) for view in ("encoder", "own")]
+    runs += [("unseen", "random", 5, view) for view in ("encoder", "raw")]
+    return [(*run, seed) for seed in range(1, seeds + 1) for run in runs]
 
 
 QUICK = [("action-driven", "random", 2, view, 1) for view in OBSERVATIONS]
 QUICK += [("action-driven", "trained", 2, "own", 1), ("state-driven", "random", 2, "own", 1)]
 QUICK += [("unseen", "random", 3, "encoder", 1)]
+
+
+# FIGURE
+def last(data, **where):
+    """The rows at the end of the runs that match, averaged over seeds for each observation, N, subset and c."""
+    for name, value in where.items():
+        data = data[data[name] == value]
+    data = data[data["iteration"] == data.groupby("agents")["iteration"].transform("max")]
+    return data.groupby(["observation", "agents", "subset", "c"], as_index=False).mean(numeric_only=True)
+
+
+def draw(data, theme):
+    """Six panels; colour is what the models see, solid lines are precision, dashed ones recall, dotted ones chance."""
+    text, hues = THEMES[theme][1], dict(zip(OBSERVATIONS, THEMES[theme][3:]))
+    figure, axes = new_figure(2, 3, 10.2, 6.4)
+    by_size, by_data, by_subset, *by_c = axes.flat
+    everything = data[data["subset"] == "all"]
+    action = everything[(everything["world"] == "action-driven") & (everything["policy"] == "random")]
+
+    at_c = last(action, c=0.9)
+    for view, rows in at_c.groupby("observation"):
+        by_size.plot(rows["agents"], rows["precision"], "o-", color=hues[view], ms=4)
+        by_size.plot(rows["agents"], rows["recall"], "s--", color=hues[view], ms=4)
+    chance = at_c.groupby("agents")["true_density"].mean()
+    by_size.plot(chance.index, chance, ":", color=text)
+    sizes = chance.index.tolist()
+    by_size.set(xscale="log", xticks=sizes, xticklabels=sizes, xlabel="agents N", ylim=(-0.03, 1.03))
+    by_size.minorticks_off()
+    by_size.set_title("precision and recall at c = 0.9")
+
+    for (view, N), rows in action[action["c"] == 0.9].groupby(["observation", "agents"]):
+        if view != "raw":
+            curve = rows.groupby("iteration")["auc"].mean()
+            by_data.plot(curve.index, curve, color=hues[view], lw=1.2)
+            by_data.annotate(
+                N, (curve.index[-1], curve.iloc[-1]), (3, 0), textcoords="offset points", fontsize=8, va="center"
+            )
+    by_data.axhline(0.5, ls=":", color=text)
+    by_data.set(xscale="log", xlabel="iterations", ylim=(0.4, 1.02))
+    by_data.set_title("AUC by amount of data, for each N")
+
+    subsets = ["seen", "enters", "leaves", "unseen"]
+    for k, (view, rows) in enumerate(last(data, world="unseen", c=0.9).groupby("observation")):
+        rates = rows.set_index("subset")["spurious_rate"].reindex(subsets)
+        by_subset.bar(np.arange(len(subsets)) + 0.36 * (k - 0.5), rates, 0.34, color=hues[view])
+    by_subset.set(xticks=range(4), xticklabels=subsets, xlabel="i in the view of j", ylim=(0, 1.03))
+    by_subset.set_title("unseen: share of non-edges drawn")
+
+    curves = {"random policy": ("action-driven", "random"), "trained policy": ("action-driven", "trained")}
+    curves |= {"state-driven": ("state-driven", "random")}
+    for ax, (title, (world, policy)) in zip(by_c, curves.items()):
+        rows = last(everything, world=world, policy=policy)
+        N = 5 if 5 in rows["agents"].to_numpy() else rows["agents"].max()
+        for view, line in rows[rows["agents"] == N].groupby("observation"):
+            ax.plot(line["c"], line["precision"], "-", color=hues[view])
+            ax.plot(line["c"], line["recall"], "--", color=hues[view])
+        ax.axhline(rows.loc[rows["agents"] == N, "true_density"].mean(), ls=":", color=text)
+        ax.set(xlabel="threshold c", ylim=(-0.03, 1.03), title=f"{title}, N = {N}")
+    handles = [Line2D([], [], color=hues[view], lw=2.2, label=view) for view in OBSERVATIONS]
+    marks = {"precision": "-", "recall": "--", "chance": ":"}
+    handles += [Line2D([], [], color=text, ls=dash, label=name) for name, dash in marks.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=6)
+    return figure
+
+
+@dataclass
+class Args:
+    quick: bool = False
+    """a minute's worth of runs, to see that everything works"""
+    seeds: int = 3
+    """seeds of every run"""
+    output: Path = Path(__file__).resolve().parent
+    """folder of results/known_graph.csv and figures/known_graph-*"""
+    figure_only: bool = False
+    """train nothing: draw the figure from the CSV"""
+
+
+def main(args):
+    """Train, measure, write the CSV and the figure; raises UserError."""
+    if args.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, not {args.seeds}")
+    torch.set_num_threads(1)
+    path, figures = args.output / "results" / "known_graph.csv", args.output / "figures"
+    if not args.figure_only:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows, runs, start = [], QUICK if args.quick else plan(args.seeds), time.time()
+        for k, run in enumerate(runs, 1):
+            rows += train(*run, *((100, 20) if args.quick else (ITERATIONS[run[2]],)))
+            pd.DataFrame(rows).to_csv(path.with_suffix(".tmp"), index=False, float_format="%.3g")
+            os.replace(path.with_suffix(".tmp"), path)
+            print(f"{k}/{len(runs)} {' '.join(map(str, run))} AUC {rows[-1]['auc']:.2f} ({time.time() - start:.0f} s)")
+    if not path.exists():
+        raise UserError(f"{path} does not exist: run without --figure-only first")
+    data = pd.read_csv(path)
+    figures.mkdir(parents=True, exist_ok=True)
+    for theme in THEMES:
+        with mpl.rc_context(style(theme)):
+            figure = draw(data, theme)
+            figure.savefig(figures / f"known_graph-{theme}.png", dpi=150, metadata={"Software": None})
+            figure.savefig(figures / f"known_graph-{theme}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        print(f"known_graph.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -8,8 +8,8 @@ Plays a few episodes with the saved policy and draws the one with the highest te
     strip.png           the steps with rewards side by side
     adjacency.png       the entropy ratio of every pair over the episode, its learned edges and the oracle's
     meeting_times.png   m_0[i, j]: the step at which something that i did at the start can first have reached j
-An edge i -> j means: what i does can influence j's next state. The oracle is mappo_dg_lbf.py's heuristic, which looks at
-distances after the step. Runs that learn no graph (baselines, --graph oracle, ...) are drawn with the oracle's edges only.
+An edge i -> j means: what i does can influence j's next state. The oracle is the heuristic of mappo_dg_lbf.py, which
+looks at distances after the step. Runs that learn no graph (baselines, --graph oracle, ...) get the oracle's edges only.
 """
 
 import importlib.util
@@ -186,7 +186,9 @@ def draw_board(ax, episode, t, theme):
     for row, column in np.argwhere(episode.food[t]):
         square = (column - 0.27, row - 0.27), 0.54, 0.54
         ax.add_patch(FancyBboxPatch(*square, boxstyle="round,pad=0,rounding_size=0.12", fc="#009E73", ec="none"))
-        ax.text(column, row, episode.food[t, row, column], color="white", fontsize=0.36 * size, weight="bold", **centred)
+        ax.text(
+            column, row, episode.food[t, row, column], color="white", fontsize=0.36 * size, weight="bold", **centred
+        )
 
     centres = [(column, row) for row, column in episode.positions[t]]
     over = t == len(episode.actions)
@@ -205,7 +207,9 @@ def draw_board(ax, episode, t, theme):
         if action in MOVES:
             dx, dy = MOVES[action]
             angle = np.arctan2(dy, dx) - np.pi / 2
-            ax.add_patch(RegularPolygon((x + 0.42 * dx, y + 0.42 * dy), 3, radius=0.13, orientation=angle, color=hues[i]))
+            ax.add_patch(
+                RegularPolygon((x + 0.42 * dx, y + 0.42 * dy), 3, radius=0.13, orientation=angle, color=hues[i])
+            )
         if action == "LOAD":
             ax.add_patch(Circle((x, y), 0.42, fill=False, ec=hues[i], lw=2, zorder=4))
         ax.add_patch(Circle((x, y), 0.34, color=hues[i], zorder=5))
@@ -271,7 +275,9 @@ def draw_strip(episode, theme, count=4):
     """The main moments side by side."""
     steps = moments(episode.rewards, count)
     figure, axes = new_figure(1, len(steps), 3.2 * len(steps), 3.7)
-    figure.suptitle(episode.title + ": arrows i → j, learned (strong: low entropy ratio) and oracle (dotted)", fontsize=11)
+    figure.suptitle(
+        episode.title + ": arrows i → j, learned (strong: low entropy ratio) and oracle (dotted)", fontsize=11
+    )
     figure.draw_without_rendering()
     for ax, t in zip(axes.flat, steps):
         draw_board(ax, episode, t, theme)

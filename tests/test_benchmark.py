@@ -17,7 +17,6 @@ TABLES = {  # title -> what each of its rows looks like, and how many there are
     "Training frames/s": (rf"\S+_lbf\.py \| {RATIO} \| {VERDICT}", 2),
     "multi_agent_gae": (rf"\(\d+, 10, \d+\) \| {RATIO} \| {VERDICT} \| \de-\d\d \| yes \(-\d+ %\)", 2),
     "Phases of an iteration": (rf"\S+_lbf\.py \| {LBF}( \| \d+\.\d){{7}}", 4),
-    "The same from whole runs": (rf"\S+_lbf\.py \| {RATIO} \| {VERDICT}", 2),
     "Peak memory": (r"mappo_dg_lbf\.py \| \d+ MB \| < 1000 MB \| (yes|NO) \([+-]\d+ %\)", 1),
     "An iteration of mappo_dg_lbf.py": (r"\d+ \| \d+( \| \d+\.\d){6} \| \d+", 2),
 }
@@ -25,9 +24,9 @@ TABLES = {  # title -> what each of its rows looks like, and how many there are
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    command = [sys.executable, str(ROOT / "experiments" / "benchmark.py"), "--quick", "--end-to-end"]
+    command = [sys.executable, str(ROOT / "experiments" / "benchmark.py"), "--quick"]
     folder = tmp_path_factory.mktemp("benchmark")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not os.listdir(folder), "the benchmark leaves nothing behind"
     return done.stdout

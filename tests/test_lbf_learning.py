@@ -24,7 +24,7 @@ def rollout(module, actor=None, num_envs=8, env_id="Foraging-5x5-3p-1f-v3"):
 
 # COLLECTING AND PPO
 def test_collected_episodes(lbf_script):
-    """Padding is zeros, episodes are whole, the log-probabilities are the policy's."""
+    """Episodes are whole, observations and rewards 0 behind them, the log-probabilities the policy's."""
     actor, (obs, actions, logprobs, rewards, terminated, alive) = rollout(load(lbf_script))
     T, E, N = actions.shape
     assert obs.shape == (T + 1, E, N, 12) and rewards.shape == logprobs.shape == (T, E, N)
@@ -33,13 +33,20 @@ def test_collected_episodes(lbf_script):
     assert lengths.min() < lengths.max() == T  # some end early
     assert torch.equal(alive, torch.arange(T).unsqueeze(1) < lengths)
     assert torch.equal(terminated, torch.arange(T).unsqueeze(1) == lengths - 1)  # the limit is a terminal state too
-    for padded in (actions[~alive], logprobs[~alive], rewards[~alive], obs[1:][~alive]):
-        assert (padded == 0).all()
+    assert (rewards[~alive] == 0).all() and (obs[1:][~alive] == 0).all()
     assert (obs[:-1][alive] != 0).any(-1).all() and (obs[1:][alive] != 0).any(-1).all()
     expected = actor(obs[:-1]).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(logprobs[alive], expected[alive])
     early = lengths < 50
     assert (rewards[:, early].sum((0, 2)) == pytest.approx(1.0)) and (rewards[:-1].sum(-1)[terminated[1:]] == 0).all()
+
+
+def test_collected_padding_is_zeros():
+    """As collect()'s docstring promises, of the actions and log-probabilities too."""
+    for script in LBF_SCRIPTS:
+        _, (obs, actions, logprobs, rewards, terminated, alive) = rollout(load(script))
+        for name, x in (("obs", obs[1:]), ("rewards", rewards), ("actions", actions), ("logprobs", logprobs)):
+            assert (x[~alive] == 0).all(), name
 
 
 def test_actions_follow_the_policy():
