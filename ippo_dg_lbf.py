@@ -390,7 +390,7 @@ def multi_agent_gae(rewards, values, terminated, alive, graph, gamma, gae_lambda
 # ROLLOUT
 @torch.no_grad()
 def collect(envs, actor, device, greedy=False):
-    """Play one whole episode in every environment; T is the longest episode's length, the padding is zeros.
+    """Play one whole episode in every environment; T is the longest one's length, what follows an end is for nobody.
 
     Returns obs (T+1, E, N, D) with the observation after the last step, actions, logprobs, rewards (T, E, N),
     terminated (T, E) bool: ended in a terminal state, alive (T, E) bool: the step took place.
@@ -625,7 +625,8 @@ def main():
         for group, metrics in (("charts", charts), ("losses", losses), ("graph", statistics)):
             for name, value in metrics.items():
                 writer.add_scalar(f"{group}/{name}", float(value), global_step)
-        bar.set_postfix(eval=f"{evaluations[-1]['episodic_return']:.3f}", edges=f"{statistics['density']:.2f}")
+        shown = {"eval": f"{evaluations[-1]['episodic_return']:.3f}", "edges": f"{statistics['density']:.2f}"}
+        bar.set_postfix(shown, refresh=False)
         bar.update(global_step - bar.n)
 
     bar.close()

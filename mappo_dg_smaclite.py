@@ -797,7 +797,7 @@ def main():
         for group, metrics in (("charts", charts), ("losses", losses), ("graph", statistics)):
             for name, value in metrics.items():
                 writer.add_scalar(f"{group}/{name}", float(value), global_step)
-        bar.set_postfix(won=f"{evaluations[-1]['win_rate']:.2f}", edges=f"{edges:.2f}")
+        bar.set_postfix(won=f"{evaluations[-1]['win_rate']:.2f}", edges=f"{edges:.2f}", refresh=False)
         bar.update(global_step - bar.n)
 
     bar.close()

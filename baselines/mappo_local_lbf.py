@@ -236,7 +236,7 @@ def gae(rewards, values, terminated, alive, gamma, gae_lambda):
 # ROLLOUT
 @torch.no_grad()
 def collect(envs, actor, device, greedy=False):
-    """Play one whole episode in every environment; T is the longest episode's length, the padding is zeros.
+    """Play one whole episode in every environment; T is the longest one's length, what follows an end is for nobody.
 
     Returns obs (T+1, E, N, D) with the observation after the last step, actions, logprobs, rewards (T, E, N),
     terminated (T, E) bool: ended in a terminal state, alive (T, E) bool: the step took place.
@@ -452,7 +452,7 @@ def main():
         for group, metrics in (("charts", charts), ("losses", losses)):
             for name, value in metrics.items():
                 writer.add_scalar(f"{group}/{name}", float(value), global_step)
-        bar.set_postfix(eval=f"{evaluations[-1]['episodic_return']:.3f}")
+        bar.set_postfix(eval=f"{evaluations[-1]['episodic_return']:.3f}", refresh=False)
         bar.update(global_step - bar.n)
 
     bar.close()

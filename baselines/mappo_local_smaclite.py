@@ -608,7 +608,7 @@ def main():
         for group, metrics in (("charts", charts), ("losses", losses)):
             for name, value in metrics.items():
                 writer.add_scalar(f"{group}/{name}", float(value), global_step)
-        bar.set_postfix(won=f"{evaluations[-1]['win_rate']:.2f}")
+        bar.set_postfix(won=f"{evaluations[-1]['win_rate']:.2f}", refresh=False)
         bar.update(global_step - bar.n)
 
     bar.close()

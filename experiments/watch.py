@@ -9,7 +9,7 @@ Plays a few episodes with the saved policy and draws the one with the highest te
     adjacency.png       the entropy ratio of every pair over the episode, its learned edges and the oracle's
     meeting_times.png   m_0[i, j]: the step at which something that i did at the start can first have reached j
 An edge i -> j means: what i does can influence j's next state. The oracle is the heuristic of mappo_dg_lbf.py, which
-looks at distances after the step. Runs that learn no graph (baselines, --graph oracle, ...) get the oracle's edges only.
+looks at distances after the step. Runs without a learned graph (baselines, --graph oracle, ...) get the oracle only.
 """
 
 import importlib.util
@@ -286,7 +286,7 @@ def draw_strip(episode, theme, count=4):
 
 
 def draw_adjacency(episode, theme):
-    """Every ordered pair over time: entropy ratio (colour), learned edge (dot), oracle's edge (line); rewards on top."""
+    """Ordered pairs over time: entropy ratio (colour), learned edge (dot), oracle edge (line); rewards on top."""
     T, N = episode.rewards.shape
     pairs = [(i, j) for i in range(N) for j in range(N) if i != j]
     figure, ((ax,),) = new_figure(1, 1, 9, 1.6 + 0.32 * len(pairs))

@@ -172,7 +172,7 @@ def test_sigkill_and_resume(script, tmp_path):
         process = start(script, *options, cwd=cwd, die_before=kill if isinstance(kill, str) else "")
         if not isinstance(kill, str):
             wait_for_writes(process, cwd, "checkpoint.pt", kill[0])
-            time.sleep(random.uniform(0, 0.2) if kill[1] is None else kill[1])
+            time.sleep(random.uniform(0, 0.1) if kill[1] is None else kill[1])
             process.kill()
         assert process.wait(timeout=240) == -signal.SIGKILL
         folder = run_folder(cwd)
