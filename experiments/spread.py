@@ -314,8 +314,7 @@ def ppo_update(actor, critic, actor_optimizer, critic_optimizer, obs, actions, l
 
     obs (B, N, D), the others (B, N) -> means over the epochs. UserError if a loss is not finite.
     """
-    if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if args.norm_adv else advantages
     history = []
     for _ in range(args.update_epochs):
         value_loss = 0.5 * ((critic(obs) - returns) ** 2).mean()
@@ -367,7 +366,7 @@ def parse_args(script):
     if args.resume:
         try:
             checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            writer, saved = checkpoint["script"], checkpoint["args"]
+            writer, saved = checkpoint["script"], dict(checkpoint["args"])
         except Exception as error:
             raise UserError(f"--resume: {args.resume} is not a whole checkpoint ({type(error).__name__})") from error
         if writer != script or saved.keys() != vars(args).keys():

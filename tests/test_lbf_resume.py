@@ -183,6 +183,7 @@ def test_sigkill_and_resume(script, tmp_path):
         steps.append(checkpoint["global_step"])
         resume = ["--resume", folder / "checkpoint.pt"]
     assert steps == sorted(steps) and 0 < steps[-1] < 4000
+    time.sleep(1.1)  # TensorBoard reads a folder's files in the order of the second in which they were begun
     assert finish(script, *resume, cwd=cwd) == folder
     assert_same_run(folder, reference)
 

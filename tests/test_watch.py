@@ -1,0 +1,151 @@
+"""experiments/watch.py: the pictures exist and move, and the arrows in them are the learned graph's edges."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+for package in ("matplotlib", "pandas", "scipy", "yaml", "PIL"):
+    pytest.importorskip(package, reason="needs experiments/requirements.txt")
+from conftest import run  # noqa: E402
+from matplotlib.colors import to_rgb  # noqa: E402
+from matplotlib.patches import FancyArrowPatch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
+import watch  # noqa: E402
+
+PICTURES = ["adjacency.png", "episode.gif", "meeting_times.png", "strip.png"]
+SHORT = ["--total-timesteps", 1000, "--eval-interval", 1000, "--eval-episodes", 1]
+
+
+def train(script, folder, *options):
+    """The run's folder of a short training."""
+    folder.mkdir()
+    run(script, *SHORT, *options, cwd=folder)
+    return next((folder / "runs").iterdir())
+
+
+@pytest.fixture(scope="module")
+def dg_run(tmp_path_factory):
+    # c = 1: models that have hardly been trained draw some edges only then
+    return train("mappo_dg_lbf.py", tmp_path_factory.mktemp("watch") / "dg", "--c", 1)
+
+
+@pytest.fixture
+def episode():
+    """Three agents in a row, three steps, 0 -> 1 and 2 -> 1 are learned in the second."""
+    T, N = 3, 3
+    graph, ratio = np.tile(np.eye(N, dtype=bool), (T, 1, 1)), np.ones((T, N, N))
+    graph[1, 0, 1] = graph[1, 2, 1] = True
+    ratio[1, 0, 1], ratio[1, 2, 1] = 0.0, 0.6
+    oracle = np.tile(np.eye(N, dtype=bool), (T, 1, 1))
+    oracle[1, 0, 1] = oracle[1, 1, 0] = oracle[1, 1, 2] = True
+    positions = np.array([[[0, 0], [0, 3], [5, 5]]] * (T + 1))
+    food = np.zeros((T + 1, 6, 6), dtype=int)
+    food[:2, 2, 2] = 3
+    rewards = np.array([[0, 0, 0], [0.5, 0, 0], [0, 0, 0]])
+    actions = [["NONE"] * N, ["LOAD", "NORTH", "NONE"], ["EAST"] * N]
+    return watch.Episode("title", [1, 2, 3], positions, food, actions, rewards, oracle, ratio, graph, 0.8)
+
+
+def arrows(episode, t):
+    """What draw_board draws at step t: (thick arrows, dotted ones) as {(start, end): opacity}, (column, row) each."""
+    figure, ((ax,),) = watch.new_figure(1, 1, 4, 4)
+    watch.draw_board(ax, episode, t, "light")
+    found = [patch for patch in ax.patches if isinstance(patch, FancyArrowPatch)]
+    ends = {True: {}, False: {}}
+    for patch in found:
+        start, end = ((int(x), int(y)) for x, y in patch._posA_posB)
+        ends[patch.get_linewidth() > 2][start, end] = patch.get_alpha(), to_rgb(patch.get_edgecolor())
+    return ends[True], ends[False]
+
+
+def test_edges_between_leaves_out_the_diagonal_and_keeps_the_direction(episode):
+    edges = watch.edges_between(episode.graph, episode.ratio)
+    assert edges == [[], [(0, 1, 0.0), (2, 1, 0.6)], []]
+    assert watch.edges_between(episode.oracle)[1] == [(0, 1, 0.0), (1, 0, 0.0), (1, 2, 0.0)]
+
+
+def test_arrows_go_from_influencer_to_influenced_and_fade_with_the_entropy_ratio(episode):
+    learned, oracle = arrows(episode, 1)
+    cells, hues = [(0, 0), (3, 0), (5, 5)], [to_rgb(hue) for hue in watch.colours("light", 3)]
+    assert learned == {(cells[0], cells[1]): (1.0, hues[0]), (cells[2], cells[1]): (pytest.approx(0.4), hues[2])}
+    assert set(oracle) == {(cells[0], cells[1]), (cells[1], cells[2])}  # 0 <-> 1 is one line with two heads
+    assert arrows(episode, 0) == arrows(episode, 3) == ({}, {})
+
+
+def test_moments_are_the_steps_with_rewards_then_an_even_choice():
+    rewards = np.zeros((10, 2))
+    rewards[[4, 7], [0, 1]] = 0.5
+    assert watch.moments(rewards, 4) == [0, 3, 4, 7]
+    rewards[:] = 1
+    assert watch.moments(rewards, 4) == [6, 7, 8, 9]
+    assert watch.moments(np.zeros((2, 2)), 4) == [0, 1]
+
+
+def test_an_episode_holds_what_the_models_say_about_what_was_played(dg_run):
+    _, checkpoint = watch.load_checkpoint(dg_run)
+    episode = watch.play(checkpoint, 2, 5)
+    T, N = episode.rewards.shape
+    assert (
+        episode.food.shape == (T + 1, 8, 8) and episode.positions.shape == (T + 1, N, 2) and len(episode.actions) == T
+    )
+    for before, after, actions in zip(episode.positions, episode.positions[1:], episode.actions):
+        for agent, action in enumerate(actions):
+            dx, dy = watch.MOVES.get(action, (0, 0))
+            moved = (after - before)[agent].tolist()
+            assert moved in ([dy, dx], [0, 0])  # a collision or the border may be in the way
+    script, args = watch.load_script("mappo_dg_lbf"), checkpoint["args"]
+    oracle = script.oracle_graph(torch.from_numpy(episode.positions[1:]), args["oracle_distance"])
+    assert (episode.oracle == oracle.numpy()).all()
+    others = ~np.eye(N, dtype=bool)
+    assert ((episode.ratio < 1) == episode.graph)[:, others].all()
+    assert 0 < episode.graph[:, others].mean() < 1, "the test needs edges and gaps"
+    transposed = watch.play(checkpoint | {"args": args | {"transpose_graph": True}}, 2, 5)
+    assert (transposed.graph == episode.graph.swapaxes(1, 2)).all()
+
+
+def test_pictures_of_a_run_and_its_tensorboard(dg_run, capsys):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    output = watch.main(watch.Args(dg_run, episodes=2, tensorboard=True))
+    assert output == dg_run / "watch" and sorted(path.name for path in output.iterdir()) == PICTURES
+    for name in PICTURES:
+        with Image.open(output / name) as image:
+            assert image.getcolors(10**6) is None or len(image.getcolors(10**6)) > 10, f"{name} is empty"
+    steps = int(capsys.readouterr().out.split(": ")[1].split()[0])
+    film = output / "episode.gif"
+    with Image.open(film) as image:
+        assert image.n_frames == steps + 1 > 1
+    assert film.stat().st_size < 1_000_000
+    events = event_accumulator.EventAccumulator(str(dg_run)).Reload()
+    tags = [f"watch/{Path(name).stem}" for name in PICTURES]
+    assert sorted(tag for tag in events.Tags()["images"] if tag.startswith("watch/")) == tags
+    shown = events.Images("watch/episode")[0]
+    assert shown.encoded_image_string == film.read_bytes() and shown.step >= 1000
+
+
+@pytest.mark.parametrize(
+    "script, options", [("baselines/ippo_local_lbf.py", []), ("ippo_dg_lbf.py", ["--graph", "oracle"])]
+)
+def test_runs_without_a_learned_graph_have_the_oracles_edges_only(tmp_path, script, options):
+    folder = train(script, tmp_path / "run", *options)
+    _, checkpoint = watch.load_checkpoint(folder / "checkpoint.pt")
+    assert watch.play(checkpoint, 1, 0).graph is None
+    output = watch.main(watch.Args(folder / "checkpoint.pt", episodes=1, output=tmp_path / "out", theme="dark"))
+    assert sorted(path.name for path in output.iterdir()) == PICTURES
+
+
+def test_mistakes_end_in_one_sentence_and_status_2(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"half")
+    torch.save({"script": "another", "args": {}, "global_step": 0, "actor": {}}, tmp_path / "another.pt")
+    for target, word in ((tmp_path / "nothing", "exist"), (tmp_path, "whole"), (tmp_path / "another.pt", "another.py")):
+        with pytest.raises(watch.UserError, match=word):
+            watch.main(watch.Args(target))
+    command = [sys.executable, str(ROOT / "experiments" / "watch.py"), str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("watch.py: ") and done.stderr.count("\n") == 1
