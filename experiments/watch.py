@@ -170,7 +170,7 @@ def opacity(ratio, c):
 
 
 def draw_arrow(ax, start, end, gap=0, bend=0, **look):
-    """An arrow that stays `gap` points away from both its ends: thick with an opacity (alpha), thin and dotted without."""
+    """An arrow, `gap` points away from both its ends: thick if it has an opacity (alpha), else thin and dotted."""
     look |= {"shrinkA": gap, "shrinkB": gap, "connectionstyle": f"arc3,rad={bend}", "zorder": 3}
     thick, dotted = {"lw": 2.5, "mutation_scale": 13}, {"lw": 1, "mutation_scale": 7, "ls": (0, (2, 1.5))}
     ax.add_patch(FancyArrowPatch(start, end, **{"arrowstyle": "-|>"} | look | (thick if "alpha" in look else dotted)))
