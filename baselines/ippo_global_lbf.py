@@ -53,7 +53,7 @@ class Args:
     checkpoint_interval: int = 100_000
     """frames between two checkpoints (0: none but those of --save-model and of an interrupted run)"""
     resume: str | None = None
-    """path of a checkpoint.pt: continue that run exactly, in its own folder and with its settings"""
+    """path of a checkpoint.pt: continue that run exactly, in its own folder, also beyond --total-timesteps"""
 
     env_id: str = "Foraging-8x8-2p-4f-coop-v3"
     """any vector-observation id of lbforaging"""
@@ -335,8 +335,8 @@ def parse_args(script):
         if writer != script or saved.keys() != vars(args).keys():
             raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
         args = tyro.cli(Args, default=Args(**saved))
-        free = "resume save_model checkpoint_interval num_workers track wandb_project_name wandb_entity".split()
-        for name in saved.keys() - free:
+        free = "total_timesteps resume save_model checkpoint_interval num_workers track wandb_project_name wandb_entity"
+        for name in saved.keys() - free.split():
             if getattr(args, name) != saved[name]:
                 raise UserError(f"--resume: {name} is {getattr(args, name)} here, {saved[name]} in the checkpoint")
     check_args(args)
@@ -397,9 +397,9 @@ def main():
     while True:
         # EVALUATE (first the untrained policy)
         finished = global_step >= args.total_timesteps
-        due = finished or global_step >= len(evaluations) * args.eval_interval
-        if due and not (evaluations and evaluations[-1]["global_step"] == global_step):
-            returns = evaluate(actor, args, len(evaluations), device)  # (episodes, N)
+        every, last = args.eval_interval, evaluations[-1]["global_step"] if evaluations else -1
+        if global_step // every > last // every or finished and global_step > last:
+            returns = evaluate(actor, args, global_step // every, device)  # (episodes, N)
             team, agents = returns.sum(-1), returns.mean(0).tolist()
             row = {"episodic_return": team.mean().item(), "episodic_return_std": team.std(correction=0).item()}
             row |= {"episodes": len(team)} | {f"episodic_return_agent_{i}": mean for i, mean in enumerate(agents)}

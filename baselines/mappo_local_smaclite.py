@@ -74,7 +74,7 @@ class Args:
     checkpoint_interval: int = 100_000
     """frames between two checkpoints (0: none but those of --save-model and of an interrupted run)"""
     resume: str | None = None
-    """path of a checkpoint.pt: continue that run exactly, in its own folder and with its settings"""
+    """path of a checkpoint.pt: continue that run exactly, in its own folder, also beyond --total-timesteps"""
 
     env_id: str = "MMM"
     """any map of SMAClite, or 25m_vs_30m"""
@@ -491,8 +491,8 @@ def parse_args(script):
         if writer != script or saved.keys() != vars(args).keys():
             raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
         args = tyro.cli(Args, default=Args(**saved))
-        free = "resume save_model checkpoint_interval num_workers track wandb_project_name wandb_entity".split()
-        for name in saved.keys() - free:
+        free = "total_timesteps resume save_model checkpoint_interval num_workers track wandb_project_name wandb_entity"
+        for name in saved.keys() - free.split():
             if getattr(args, name) != saved[name]:
                 raise UserError(f"--resume: {name} is {getattr(args, name)} here, {saved[name]} in the checkpoint")
     check_args(args)
@@ -550,9 +550,9 @@ def main():
     while True:
         # EVALUATE (first the untrained policy)
         finished = global_step >= args.total_timesteps
-        due = finished or global_step >= len(evaluations) * args.eval_interval
-        if due and not (evaluations and evaluations[-1]["global_step"] == global_step):
-            returns, won = evaluate(envs, actor, args, len(evaluations), device)  # (episodes, N), (episodes)
+        every, last = args.eval_interval, evaluations[-1]["global_step"] if evaluations else -1
+        if global_step // every > last // every or finished and global_step > last:
+            returns, won = evaluate(envs, actor, args, global_step // every, device)  # (episodes, N), (episodes)
             team, agents = returns.sum(-1), returns.mean(0).tolist()
             row = {"episodic_return": team.mean().item(), "episodic_return_std": team.std(correction=0).item()}
             row |= {"episodes": len(team), "win_rate": won.float().mean().item()}

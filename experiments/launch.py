@@ -3,8 +3,9 @@
     python experiments/launch.py experiments/grids/lbf_mappo.yaml --workers 2
     python experiments/launch.py experiments/grids/lbf_mappo.yaml --backend ray --ray-address 10.0.0.1:6379
 
-The same command starts a grid, goes on with an interrupted one and does nothing for a finished one. Ctrl-C lets every
-run save before it ends. Exit status: 0 all finished, 1 some did not finish, 2 bad input, 130 after Ctrl-C or SIGTERM.
+The same command starts a grid, goes on with an interrupted one and does nothing for a finished one; with more
+`--total-timesteps` it goes on with a finished one, too. Ctrl-C lets every run save before it ends. Exit status: 0 all
+finished, 1 some did not finish, 2 bad input, 130 after Ctrl-C or SIGTERM.
 
 A grid file (YAML); every `flags` is optional and is what one would type on the script's command line:
 
@@ -47,7 +48,7 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +66,8 @@ class Args:
     """the grid file (see experiments/grids)"""
     output_dir: Path | None = None
     """folder of the results; if not given, results_raw/NAME_OF_THE_GRID"""
+    total_timesteps: int | None = None
+    """frames of each run; if not given, the grid's. Finished runs with fewer go on, those with more are left alone"""
     backend: Literal["local", "ray"] = "local"
     """where to run: on this machine, or on a Ray cluster (needs experiments/requirements-ray.txt)"""
     workers: int = 2
@@ -96,12 +99,24 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "finished.json").exists()
+        return self.frames_finished >= self.total_timesteps
+
+    @property
+    def frames_finished(self) -> int:
+        """The --total-timesteps with which the run has finished, 0 if it has not."""
+        path = self.folder / "finished.json"
+        if not path.exists():
+            return 0
+        command = json.loads(path.read_text())["command"]
+        return int(command[command.index("--total-timesteps") + 1])
 
 
 # GRID
-def read_grid(path: Path, output_dir: Path) -> list[Job]:
-    """The jobs of a grid file in the order in which they are run; raises ValueError if the file is not a valid grid."""
+def read_grid(path: Path, output_dir: Path, total_timesteps: int | None = None) -> list[Job]:
+    """The jobs of a grid file in the order in which they are run; raises ValueError if the file is not a valid grid.
+
+    total_timesteps replaces the grid's, if given.
+    """
     try:
         grid = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -124,6 +139,7 @@ def read_grid(path: Path, output_dir: Path) -> list[Job]:
             if env_id not in env_ids:
                 raise ValueError(f"{path}: {method['name']} has only_tasks {env_id}, which is not a task of the grid")
 
+    frames = total_timesteps or grid["total_timesteps"]
     jobs = []
     for seed in dict.fromkeys(all_seeds):
         for task in grid["tasks"]:
@@ -133,9 +149,7 @@ def read_grid(path: Path, output_dir: Path) -> list[Job]:
                     continue
                 flags = tuple(shlex.split(" ".join(part.get("flags", "") for part in (grid, task, method))))
                 folder = output_dir.resolve() / name / env_id.replace("/", "_") / f"seed{seed}"
-                jobs.append(
-                    Job(name, env_id, seed, grid["total_timesteps"], REPOSITORY / method["script"], flags, folder)
-                )
+                jobs.append(Job(name, env_id, seed, frames, REPOSITORY / method["script"], flags, folder))
     if len({job.folder for job in jobs}) < len(jobs):
         raise ValueError(f"{path}: two methods have the same name, or two tasks the same env_id")
     return jobs
@@ -159,10 +173,11 @@ def check_keys(mapping: object, where: str, required: dict[str, type], optional:
 
 def check_settings(job: Job) -> None:
     """Raises ValueError if the job was finished with another script or other flags than the grid has now."""
-    if not job.finished:
+    if not job.frames_finished:
         return
     old = json.loads((job.folder / "finished.json").read_text())["command"]
-    was, now = ([Path(command[1]).name, *command[2:]] for command in (old, job.command))
+    new = replace(job, total_timesteps=job.frames_finished).command  # which alone may differ
+    was, now = ([Path(command[1]).name, *command[2:]] for command in (old, new))
     if was != now:
         raise ValueError(
             f"{job.folder} was finished with other settings: '{shlex.join(was)}', the grid says '{shlex.join(now)}'; "
@@ -211,6 +226,7 @@ def run_once(job: Job, lock: int, stop: threading.Event) -> int:
         attempts[-1]["seconds"] = max(0.0, last_write - attempts[-1]["started"])
     attempts.append({"started": time.time(), "seconds": None, "exit_status": None, "host": socket.gethostname()})
     write_json(job.folder / "attempts.json", attempts)
+    (job.folder / "finished.json").unlink(missing_ok=True)  # it was finished with fewer frames
     checkpoint = find_checkpoint(job.folder)
     command = job.command + (["--resume", str(checkpoint)] if checkpoint else [])
     # One thread per run; a progress bar in a file needs no ten lines a second.
@@ -379,9 +395,10 @@ def show(bar: tqdm, jobs: list[Job], outcomes: dict[Job, str], skipped: int, sin
 def main(args: Args) -> int:
     """Runs the grid and returns the launcher's exit status."""
     try:
-        if args.workers < 1 or args.cpus_per_run <= 0 or args.retries < 0:
-            raise ValueError("--workers and --cpus-per-run must be positive, --retries must not be negative")
-        jobs = read_grid(args.grid, args.output_dir or Path("results_raw") / args.grid.stem)
+        if args.workers < 1 or args.cpus_per_run <= 0 or args.retries < 0 or (args.total_timesteps or 1) < 1:
+            names = "--workers, --cpus-per-run and --total-timesteps"
+            raise ValueError(f"{names} must be positive, --retries must not be negative")
+        jobs = read_grid(args.grid, args.output_dir or Path("results_raw") / args.grid.stem, args.total_timesteps)
         for job in jobs:
             check_settings(job)
         waiting = [job for job in jobs if not job.finished]

@@ -372,7 +372,7 @@ def parse_args(script):
         if writer != script or saved.keys() != vars(args).keys():
             raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
         args = tyro.cli(Args, default=Args(**saved))
-        free = "resume save_model checkpoint_interval".split()
+        free = "total_timesteps resume save_model checkpoint_interval".split()
         for name in saved.keys() - free:
             if getattr(args, name) != saved[name]:
                 raise UserError(f"--resume: {name} is {getattr(args, name)} here, {saved[name]} in the checkpoint")
@@ -424,9 +424,9 @@ def main():
     while True:
         # EVALUATE (first the untrained policy)
         finished = global_step >= args.total_timesteps
-        due = finished or global_step >= len(evaluations) * args.eval_interval
-        if due and not (evaluations and evaluations[-1]["global_step"] == global_step):
-            returns = evaluate(actor, args, len(evaluations), device)  # (episodes, N)
+        every, last = args.eval_interval, evaluations[-1]["global_step"] if evaluations else -1
+        if global_step // every > last // every or finished and global_step > last:
+            returns = evaluate(actor, args, global_step // every, device)  # (episodes, N)
             team, agents = returns.sum(-1), returns.mean(0).tolist()
             row = {"episodic_return": team.mean().item(), "episodic_return_std": team.std(correction=0).item()}
             row |= {"episodes": len(team)} | {f"episodic_return_agent_{i}": mean for i, mean in enumerate(agents)}

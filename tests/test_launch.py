@@ -268,9 +268,24 @@ def test_finished_jobs_are_skipped(grid, undisturbed):
 
 
 def test_finished_with_other_settings(grid, undisturbed, tmp_path):
-    (tmp_path / "grid.yaml").write_text(grid.read_text().replace("total_timesteps: 60", "total_timesteps: 70"))
-    status, stderr = run(tmp_path / "grid.yaml", undisturbed)
-    assert status == 2 and "--total-timesteps 60" in stderr and "--total-timesteps 70" in stderr
+    (tmp_path / "grid.yaml").write_text(grid.read_text().replace("--factor 2", "--factor 3"))
+    status, stderr = run(tmp_path / "grid.yaml", undisturbed, "--total-timesteps", "70")
+    assert status == 2 and "--factor 2" in stderr and "--factor 3" in stderr
+
+
+def test_finished_runs_go_on_to_more_frames(grid, undisturbed, tmp_path):
+    """In two steps what an undisturbed grid gives in one; a run that has more frames already is left alone."""
+    assert run(grid, tmp_path, "--total-timesteps", "30")[0] == 0
+    assert {rows.splitlines()[-1].split(",")[0] for rows in results(tmp_path).values()} == {"30"}
+    (tmp_path / "one/A/seed1/finished.json").unlink()
+    assert run(grid, tmp_path)[0] == 0
+    assert results(tmp_path) == results(undisturbed)
+    job = tmp_path / "two/B/seed2"
+    assert [start["step"] for start in starts(job)] == [0, 30]
+    finished = json.loads((job / "finished.json").read_text())
+    assert finished["attempts"] == 2 and finished["command"][-3:] == ["60", "--factor", "2"]
+    assert run(grid, tmp_path, "--total-timesteps", "50") == (0, "")
+    assert len(starts(job)) == 2 and json.loads((job / "finished.json").read_text()) == finished
 
 
 def test_failures_are_reported_while_the_others_go_on(grid, undisturbed, tmp_path):

@@ -117,6 +117,17 @@ def test_resume_is_exact(lbf_script, tmp_path, monkeypatch):
     assert same(state(folder), state(reference))
 
 
+def test_a_finished_run_goes_on(lbf_script, tmp_path):
+    """To a later --total-timesteps: what a run of that length is, but for the closing evaluation on the way."""
+    reference = finish(lbf_script, *OPTIONS, cwd=tmp_path / "reference")
+    folder = finish(lbf_script, *OPTIONS, "--total-timesteps", 1000, cwd=tmp_path / "longer")
+    ended = state(folder)["global_step"]
+    assert finish(lbf_script, "--resume", folder / "checkpoint.pt", "--total-timesteps", 4000, cwd=folder.parents[1])
+    rows = [row for row in state(folder)["evaluations"] if row["global_step"] != ended]
+    assert len(rows) == len(state(folder)["evaluations"]) - 1 and rows == state(reference)["evaluations"]
+    assert same(state(folder) | {"evaluations": rows}, state(reference))
+
+
 def start(script, *options, cwd, die_before=""):
     """Start the script as a process of its own; die_before "NAME:K" kills it right before the K-th renaming to NAME."""
     driver = """
