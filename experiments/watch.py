@@ -226,11 +226,12 @@ def draw_panel(ax, episode, t, theme):
     ax.axis("off")
     ax.text(0, 0.04, f"step {t} of {T}" if t < T else f"end, after {T} steps", fontsize=13, weight="bold")
     actions = [name.lower() for name in episode.actions[t]] if t < T else ["-"] * len(returns)
-    table = [("agent", "does", "return", text), *zip(range(len(returns)), actions, returns, hues)]
+    names = [f"{i}, level {level}" for i, level in enumerate(episode.levels)]
+    table = [("agent", "does", "return", text), *zip(names, actions, returns, hues)]
     for row, (agent, action, value, colour) in enumerate([*table, ("team", "", returns.sum(), text)]):
         y = 0.13 + 0.055 * row
         ax.text(0, y, agent, color=colour, weight="normal" if row == 0 else "bold")
-        ax.text(0.32, y, action)
+        ax.text(0.46, y, action)
         ax.text(0.97, y, value if row == 0 else f"{value:.2f}", ha="right")
     if episode.graph is None:
         ax.text(0, 0.83, "no learned graph", fontsize=9)

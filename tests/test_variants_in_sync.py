@@ -17,12 +17,33 @@ MAX_DIFF_MAPPO_TO_IPPO = 12
 MAX_LINES_DG = 650
 MAX_LINES_BASELINE = 470
 
+# The SMAClite scripts, each with the LBF script that it follows.
+FOLLOWS = {"mappo_dg_smaclite.py": "mappo_dg_lbf.py"}
+FOLLOWS |= {f"baselines/mappo_{r}_smaclite.py": f"baselines/mappo_{r}_lbf.py" for r in ("local", "global")}
+MAX_DIFF_DG_TO_LOCAL_SMACLITE = 215
+
 # What two scripts may write differently, and why.
 ALLOWED = {
     "Critic": "the one difference between MAPPO and IPPO is what the critic sees",
     "main": "it is the algorithm itself; the limits on the diffs guard it",
     "Args": "the baselines have no options of the graph; the fields are compared one by one",
 }
+# What a SMAClite script may write differently from the LBF script that it follows, and why.
+ALLOWED_SMACLITE = {
+    "Args": "other tasks, and their defaults; the fields are compared one by one",
+    "check_args": "other bad input",
+    "make_env": "another environment",
+    "Critic": "sees the environment's state",
+    "ReverseModel": "masks unavailable actions",
+    "GraphModels": "mask unavailable actions, and take pairs chunk by chunk",
+    "learned_graph": "takes pairs chunk by chunk, and the dead have no edges",
+    "update_graph_models": "takes pairs chunk by chunk, and the dead are not learned from",
+    "collect": "processes, a hidden state, masks, deaths",
+    "ppo_update": "whole sequences, masks, deaths",
+    "evaluate": "the win rate",
+    "main": "it is the algorithm itself; its steps are compared",
+}
+ALLOWED_OPTIONS_SMACLITE = {"env_id", "total_timesteps", "eval_interval", "eval_greedy", "hidden_dim", "graph"}
 SECTIONS = ["ENVIRONMENT", "NETWORKS", "DEPENDENCE GRAPH", "ADVANTAGES", "ROLLOUT", "PPO UPDATE", "EVALUATION"]
 SECTIONS += ["CHECKPOINTS"]
 STEPS = ["SET-UP", "EVALUATE", "SAVE", "COLLECT", "DEPENDENCE GRAPH", "ADVANTAGES", "UPDATE POLICY AND CRITIC", "LOG"]
@@ -181,9 +202,9 @@ def test_headers():
 def test_sections(lbf_script):
     """Announced by the same comments, in the same order, in every script."""
     announced = re.findall(r"^# ([A-Z][A-Z -]+)$", source(lbf_script), re.MULTILINE)
-    assert announced == [name for name in SECTIONS if lbf_script in DG_SCRIPTS or name != "DEPENDENCE GRAPH"]
+    assert announced == [name for name in SECTIONS if "_dg_" in lbf_script or name != "DEPENDENCE GRAPH"]
     steps = re.findall(r"^ +# ([A-Z][A-Z-]+(?: [A-Z]+)*)", source(lbf_script), re.MULTILINE)
-    assert steps == [name for name in STEPS if lbf_script in DG_SCRIPTS or name != "DEPENDENCE GRAPH"]
+    assert steps == [name for name in STEPS if "_dg_" in lbf_script or name != "DEPENDENCE GRAPH"]
     text = source(lbf_script)
     order = ["class Args", "class UserError", "# ENVIRONMENT", "def main():", 'if __name__ == "__main__":']
     assert [text.index(mark) for mark in order] == sorted(text.index(mark) for mark in order)
@@ -197,3 +218,46 @@ def test_nothing_is_dead(lbf_script):
         assert len(re.findall(rf"\b{name}\b", text)) >= 2, name
     for name in fields(lbf_script):
         assert re.search(rf"\bargs\.{name}\b", text), name
+
+
+@pytest.mark.parametrize("a, b", list(itertools.combinations(FOLLOWS, 2)))
+def test_the_smaclite_scripts_share_their_functions_and_options(a, b):
+    mine, other = definitions(a), definitions(b)
+    shared = [name for name in mine if name in other]
+    assert len(shared) >= 20
+    for name in shared:
+        if name not in ALLOWED or name == "Critic":
+            assert mine[name] == other[name], f"{name} differs between {a} and {b}"
+    assert shared == [name for name in other if name in mine], "not in the same order"
+    assert fields(b).items() <= fields(a).items()
+
+
+def test_diffs_between_the_smaclite_scripts():
+    dg, local, global_ = FOLLOWS
+    assert changed_lines(dg, local) <= MAX_DIFF_DG_TO_LOCAL_SMACLITE
+    assert changed_lines(local, global_) <= MAX_DIFF_LOCAL_TO_GLOBAL
+
+
+@pytest.mark.parametrize("smaclite, lbf", FOLLOWS.items())
+def test_a_smaclite_script_follows_its_lbf_script(smaclite, lbf):
+    """It differs only where the environment forces it: what else they share is identical and in the same order."""
+    mine, other = definitions(smaclite), definitions(lbf)
+    shared = [name for name in mine if name in other]
+    for name in shared:
+        if name not in ALLOWED_SMACLITE:
+            assert mine[name] == other[name], f"{name} differs between {smaclite} and {lbf}"
+    assert shared == [name for name in other if name in mine], "not in the same order"
+    mine, other = fields(smaclite), fields(lbf)
+    shared = [name for name in mine if name in other]
+    assert {name for name in shared if mine[name] != other[name]} <= ALLOWED_OPTIONS_SMACLITE
+    assert shared == [name for name in other if name in mine], "not in the same order"
+    assert set(mine) - set(other) <= {"use_cpp_rvo2", "num_workers", "pair_chunk"}
+    assert set(other) - set(mine) <= {"winner_take_all", "oracle_distance"}
+
+
+@pytest.mark.parametrize("script", FOLLOWS)
+def test_the_form_of_a_smaclite_script(script):
+    """The LBF scripts' sections and steps, no long line, nothing that is not used."""
+    test_sections(script)
+    test_nothing_is_dead(script)
+    assert max(map(len, source(script).splitlines())) <= 120
