@@ -1,16 +1,19 @@
-"""Speed and memory of the LBF scripts on one core, as Markdown tables.
+"""Speed and memory of the scripts, as Markdown tables.
 
-    python experiments/benchmark.py                # some five minutes
+    python experiments/benchmark.py                # the LBF scripts on one core: some five minutes
     python experiments/benchmark.py --end-to-end   # five minutes more: also the speed of whole runs of the scripts
+    python experiments/benchmark.py --smaclite     # the SMAClite scripts instead, on two cores: some fifteen minutes
     python experiments/benchmark.py --quick        # a test of the benchmark, its numbers mean little
 
 Seconds are CPU seconds of all threads of a process: on an idle core the same as the clock's. A machine's speed drifts,
 so what is compared is measured in turns, A B A B, and the ratio is taken within each pair: median, smallest..largest.
 What trains here is the scripts' own main loop, stopped at each section; evaluations and checkpoints are not counted.
-"stock" is the lbforaging package as installed, stepped with random actions: no networks, no learning.
+"stock" is the lbforaging or smaclite package as installed, stepped with random actions: no networks, no learning.
+Training on SMAClite has its environments in other processes: there, and there alone, seconds are the clock's.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -27,6 +30,7 @@ from time import perf_counter, process_time
 from types import ModuleType, SimpleNamespace
 
 import gymnasium as gym
+import numpy as np
 import torch
 import tyro
 
@@ -39,6 +43,8 @@ TASKS += [DEFAULT_TASK, "Foraging-10x10-2p-3f-coop-v3", "Foraging-15x15-3p-4f-co
 PHASES = {"collect": "# COLLECT", "graph": "# DEPENDENCE GRAPH", "advantages": "# ADVANTAGES"}
 PHASES |= {"policy update": "# UPDATE POLICY AND CRITIC", "model update": "losses |= update_graph_models("}
 PHASES |= {"log": "# LOG"}
+SMACLITE, SMACLITE_LOCAL = "mappo_dg_smaclite.py", "baselines/mappo_local_smaclite.py"
+MAPS = ["MMM2", "3s5z_vs_3s6z", "27m_vs_30m"]
 NO_EVALUATION = ["--eval-interval=1000000000", "--eval-episodes=1", "--checkpoint-interval=0"]
 # Linux counts in a process's peak what its parent held when it started it: start it from a process that holds nothing
 LAUNCHER = """import json, resource, subprocess, sys
@@ -53,6 +59,8 @@ class Args:
     """pairs of measurements behind a ratio that has a target"""
     end_to_end: bool = False
     """also run the scripts as they are, as subprocesses, to confirm the training speeds"""
+    smaclite: bool = False
+    """measure the SMAClite scripts instead (needs the package; with the C++ library, too, where it is installed)"""
     quick: bool = False
     """two repeats, short and small"""
 
@@ -68,7 +76,7 @@ def load(script):
                 lines.append(f"{indent}yield {phase!r}, global_step")
                 found.add(phase)
         lines.append(line)
-    missing = PHASES.keys() - found - ({"graph", "model update"} if script == LOCAL else set())
+    missing = PHASES.keys() - found - ({"graph", "model update"} if "local" in script else set())
     assert not missing, f"{script}: the phases {missing} begin with other lines than PHASES says"
     module = sys.modules[path.stem] = ModuleType(path.stem)
     module.__file__ = str(path)
@@ -81,41 +89,46 @@ def load(script):
 class Training:
     """A script's main(), iteration by iteration; its run folder is made in the working directory."""
 
-    def __init__(self, module, env_id):
-        task = [f"--env-id={env_id}", f"--exp-name={perf_counter()}"] + ["--no-winner-take-all"] * (
-            "coop" not in env_id
-        )
-        arguments, sys.argv = sys.argv, [module.__file__, *task, "--total-timesteps=1000000000", *NO_EVALUATION]
-        self.loop = module.main()
+    def __init__(self, module, *task, timer=process_time):
+        task = [f"--exp-name={perf_counter()}", *task, "--total-timesteps=1000000000", *NO_EVALUATION]
+        arguments, sys.argv = sys.argv, [module.__file__, *task]
+        self.loop, self.timer = module.main(), timer
         with contextlib.redirect_stdout(None):
             _, self.global_step = next(self.loop)
         sys.argv = arguments
         self.iteration()  # the first is slower
 
     def iteration(self):
-        """Train for an iteration -> CPU seconds of each phase."""
-        seconds, phase, start = dict.fromkeys(PHASES, 0.0), "collect", process_time()
+        """Train for an iteration -> seconds of each phase."""
+        seconds, phase, start = dict.fromkeys(PHASES, 0.0), "collect", self.timer()
         while True:
             following, self.global_step = next(self.loop)
-            end = process_time()
+            end = self.timer()
             seconds[phase] += end - start
             phase, start = following, end
             if phase == "collect":
                 return seconds
 
-    def speed(self, least):
-        """Train for at least so many CPU seconds -> frames per CPU second."""
-        seconds, before = 0.0, self.global_step
-        while seconds < least:
-            seconds += sum(self.iteration().values())
-        return (self.global_step - before) / seconds
+    def speed(self, least, history=None):
+        """Train for at least so many seconds -> frames per second; the list `history` gets each iteration's seconds."""
+        before, iterations = self.global_step, []
+        while sum(sum(seconds.values()) for seconds in iterations) < least:
+            iterations.append(self.iteration())
+        if history is not None:
+            history += iterations
+        return (self.global_step - before) / sum(sum(seconds.values()) for seconds in iterations)
 
     def phases(self, least):
-        """Train for three iterations or more, and at least so many CPU seconds -> median ms of each phase."""
+        """Train for three iterations or more, and at least so many seconds -> median ms of each phase."""
         history = [self.iteration() for _ in range(3)]
         while sum(sum(seconds.values()) for seconds in history) < least:
             history.append(self.iteration())
         return [1000 * median(seconds[phase] for seconds in history) for phase in PHASES]
+
+
+def lbf_task(env_id):
+    """The options for a task: the environments are compared, and trained on, without winner-take-all."""
+    return [f"--env-id={env_id}"] + ["--no-winner-take-all"] * ("coop" not in env_id)
 
 
 def play(env, actions):
@@ -136,6 +149,68 @@ def players(task, make_env, steps):
         env.seed(1)
         env.reset()
     return [partial(play, env, actions) for env in envs]
+
+
+def smaclite_players(module, name, use_cpp_rvo2, steps, timer=process_time):
+    """The stock SMACliteEnv and ours, each as a function that plays on: the same games, the same random actions.
+
+    Both are asked for what a MAPPO script needs: the action mask and the state.
+    """
+    from smaclite.env import SMACliteEnv
+
+    with contextlib.redirect_stdout(None):
+        stock = SMACliteEnv(module.make_map(name), seed=0, use_cpp_rvo2=use_cpp_rvo2)
+    rngs = [np.random.default_rng(1) for _ in range(2)]
+
+    def play_stock():
+        _, start, t = stock.reset(seed=1), timer(), 0
+        for _ in range(steps):
+            stock.get_state()
+            mask = np.array(stock.get_avail_actions(), bool)
+            t, over = t + 1, stock.step(random_actions(mask, rngs[0]))[2]
+            if over or t == 150:
+                _, t = stock.reset(), 0
+        return steps / (timer() - start)
+
+    def play_ours():
+        (_, info), start = ours.reset(seed=1), timer()
+        for _ in range(steps):
+            _, _, terminated, truncated, info = ours.step(random_actions(info["avail_actions"], rngs[1]))
+            if terminated or truncated:
+                _, info = ours.reset()
+        return steps / (timer() - start)
+
+    ours = module.make_env(name, use_cpp_rvo2)
+    return play_stock, play_ours
+
+
+def random_actions(mask, rng):
+    """Random available actions (N) of a mask (N, A); half of the time all attack who can."""
+    scores = rng.random(mask.shape)
+    scores[:, 6:] += rng.random() < 0.5
+    return np.where(mask, scores, -1.0).argmax(1).tolist()
+
+
+class EnvironmentTime:
+    """Wraps the vector environments that a script makes, to add up the seconds in which it waits for them."""
+
+    def __init__(self, module):
+        self.seconds, make_vector_env = 0.0, module.make_vector_env
+        module.make_vector_env = lambda args: self.watch(make_vector_env(args))
+
+    def watch(self, envs):
+        envs.reset, envs.step_async, envs.step_wait = map(self.timed, (envs.reset, envs.step_async, envs.step_wait))
+        return envs
+
+    def timed(self, function):
+        def call(*args, **kwargs):
+            start = perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += perf_counter() - start
+
+        return call
 
 
 def calls(function, args, least):
@@ -182,7 +257,7 @@ def synthetic(T, N, least):
     env.players = [SimpleNamespace(history=cells) for cells in torch.randint(15, (N, T + 1, 2)).tolist()]
     module.make_env = lambda *_: env
     module.collect = lambda *_: (obs, actions, logprobs, rewards, ~alive, alive)
-    print(json.dumps(Training(module, DEFAULT_TASK).phases(least)))
+    print(json.dumps(Training(module, *lbf_task(DEFAULT_TASK)).phases(least)))
 
 
 def run(*arguments):
@@ -204,6 +279,13 @@ def whole_runs(script, frames):
 
 
 # TABLES
+def print_machine(cores):
+    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    used = f"{os.cpu_count()} cores, of which {cores} {'is' if cores == 'one' else 'are'} used"
+    print(f"{model[1] if model else platform.processor()}, {used}; ", end="")
+    print(f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}")
+
+
 def table(title, header, rows):
     lines = [header, ["---"] * len(header), *rows]
     print(f"\n### {title}\n\n" + "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines), flush=True)
@@ -227,13 +309,45 @@ def comparison(name, pairs, target=None, text="{:,.0f}".format):
     return [name, *speeds, f"{median(ratios):.2f}", f"{min(ratios):.2f}..{max(ratios):.2f}", *verdict]
 
 
+def main_smaclite(args):
+    torch.set_num_threads(1)
+    repeats, steps, least = (2, 10, 0.1) if args.quick else (min(args.repeats, 5), 150, 20.0)
+    maps, size = (MAPS[:1], ["--num-envs=2"]) if args.quick else (MAPS, [])
+    print_machine("two")
+    ratio = ["ratio", "smallest..largest", "target", "reached"]
+    modules = {SMACLITE: load(SMACLITE), SMACLITE_LOCAL: load(SMACLITE_LOCAL)}
+
+    for library in ["numpy", "C++"] if importlib.util.find_spec("rvo2") else ["numpy"]:
+        rows = []
+        for name in maps:
+            [pairs] = in_turns(*smaclite_players(modules[SMACLITE], name, library == "C++", steps), repeats=repeats)
+            rows.append(comparison(name, pairs, 1.4 if library == "numpy" else None, text="{:,.1f}".format))
+        table(f"SMAClite, environment steps/s, collisions by {library}", ["map", "stock", "ours", *ratio], rows)
+
+    rows, phases = [], []
+    stock, _ = smaclite_players(modules[SMACLITE], maps[0], False, steps, timer=perf_counter)
+    for script, module in modules.items():
+        waiting = EnvironmentTime(module)
+        training = Training(module, f"--env-id={maps[0]}", "--num-workers=2", *size, timer=perf_counter)
+        waiting.seconds, history, pairs = 0.0, [], []
+        for _ in range(repeats):
+            pairs.append((stock(), training.speed(least, history)))
+        seconds = {phase: sum(iteration[phase] for iteration in history) for phase in PHASES}
+        total = sum(seconds.values())
+        rows.append(
+            [*comparison(script, pairs, 1.8, text="{:,.1f}".format), f"{100 * (1 - waiting.seconds / total):.0f} %"]
+        )
+        phases.append([script, *(f"{1000 * x / len(history):.0f}" for x in [*seconds.values(), total])])
+    header = ["script", "stock steps/s", "frames/s", *ratio, "time outside the environment"]
+    table(f"Training frames/s with two workers against one stock environment, {maps[0]}", header, rows)
+    table(f"Phases of an iteration (10 episodes of {maps[0]}), ms", ["script", *PHASES, "sum"], phases)
+
+
 def main(args):
     clock, cpu = perf_counter(), process_time()
     torch.set_num_threads(1)
     repeats, least, steps = (2, 0.05, 200) if args.quick else (args.repeats, 0.5, 4000)
-    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    print(f"{model[1] if model else platform.processor()}, {os.cpu_count()} cores, of which one is used; ", end="")
-    print(f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}")
+    print_machine("one")
     ratio = ["ratio", "smallest..largest", "target", "reached"]
     dg, local = load(DG), load(LOCAL)
 
@@ -244,7 +358,9 @@ def main(args):
     table("Environment steps/s (without winner-take-all)", ["task", "stock", "ours", *ratio], rows)
 
     stock, targets, header = players(TASK, dg.make_env, steps)[0], {LOCAL: 1.1, DG: 0.55}, ["script", "stock steps/s"]
-    speeds = in_turns(stock, *(partial(Training(m, TASK).speed, least) for m in (local, dg)), repeats=repeats)
+    speeds = in_turns(
+        stock, *(partial(Training(m, *lbf_task(TASK)).speed, least) for m in (local, dg)), repeats=repeats
+    )
     rows = [comparison(script, pairs, targets[script]) for script, pairs in zip(targets, speeds)]
     table(f"Training frames/s against environment steps/s, {TASK}", [*header, "frames/s", *ratio], rows)
 
@@ -260,7 +376,7 @@ def main(args):
 
     rows = []
     for script, module, task in ((s, m, t) for s, m in ((DG, dg), (LOCAL, local)) for t in (DEFAULT_TASK, TASK)):
-        phases = Training(module, task).phases(4 * least)
+        phases = Training(module, *lbf_task(task)).phases(4 * least)
         rows.append([script, task, *(f"{ms:.1f}" for ms in phases), f"{sum(phases):.1f}"])
     table("Phases of an iteration (10 episodes), ms", ["script", "task", *PHASES, "sum"], rows)
     print(f"\nUp to here the process had {100 * (process_time() - cpu) / (perf_counter() - clock):.0f} % of a core.")
@@ -293,5 +409,5 @@ if __name__ == "__main__":
     options = tyro.cli(Args, description=__doc__)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.chdir(folder)
-        main(options)
+        (main_smaclite if options.smaclite else main)(options)
         os.chdir(REPOSITORY)

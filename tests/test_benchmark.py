@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load
 
 LBF = r"Foraging-\d+x\d+-\dp-\df(-coop)?-v3"
 NUMBER = r"-?[\d,]+(\.\d+)?"
@@ -22,9 +22,27 @@ TABLES = {  # title -> what each of its rows looks like, and how many there are
 }
 
 
+SMACLITE = r"\S+_smaclite\.py"
+SMACLITE_TABLES = {
+    "SMAClite, environment steps/s, collisions by numpy": (rf"MMM2 \| {RATIO} \| {VERDICT}", 1),
+    "Training frames/s with two workers": (rf"{SMACLITE} \| {RATIO} \| {VERDICT} \| \d+ %", 2),
+    "Phases of an iteration": (rf"{SMACLITE}( \| \d+){{7}}", 2),
+}
+
+
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    command = [sys.executable, str(ROOT / "experiments" / "benchmark.py"), "--quick"]
+    return measure(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def smaclite_output(tmp_path_factory):
+    pytest.importorskip("smaclite", reason="SMAClite is not on PyPI: pip install -r requirements-smaclite.txt")
+    return measure(tmp_path_factory, "--smaclite")
+
+
+def measure(tmp_path_factory, *options):
+    command = [sys.executable, str(ROOT / "experiments" / "benchmark.py"), "--quick", *options]
     folder = tmp_path_factory.mktemp("benchmark")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -34,10 +52,18 @@ def output(tmp_path_factory):
 
 @pytest.mark.parametrize("title", TABLES)
 def test_table_is_whole(output, title):
+    assert_whole(output, title, *TABLES[title])
+
+
+@pytest.mark.parametrize("title", SMACLITE_TABLES)
+def test_smaclite_table_is_whole(smaclite_output, title):
+    assert_whole(smaclite_output, title, *SMACLITE_TABLES[title])
+
+
+def assert_whole(output, title, pattern, count):
     sections = [part for part in output.split("\n### ") if part.startswith(title)]
     assert len(sections) == 1
     header, _, *rows = [line for line in sections[0].splitlines() if line.startswith("|")]
-    pattern, count = TABLES[title]
     assert len(rows) == count
     for row in rows:
         assert row.count("|") == header.count("|")
@@ -48,6 +74,23 @@ def test_equals_the_definition(output):
     differences = re.findall(r"\| (\de-\d\d) \|", output)
     assert len(differences) == 2
     assert all(float(difference) <= 1e-4 for difference in differences)
+
+
+def test_the_same_games_for_stock_and_ours():
+    """What is compared plays the same steps: the random actions depend on the masks, which must be equal."""
+    pytest.importorskip("smaclite", reason="SMAClite is not on PyPI: pip install -r requirements-smaclite.txt")
+    sys.path.insert(0, str(ROOT / "experiments"))
+    import benchmark
+
+    masks, choose = [], benchmark.random_actions
+    benchmark.random_actions = lambda mask, rng: masks.append(mask.copy()) or choose(mask, rng)
+    try:
+        stock, ours = benchmark.smaclite_players(load("mappo_dg_smaclite.py"), "2s3z", False, 30)
+        stock()
+        ours()
+    finally:
+        benchmark.random_actions = choose
+    assert len(masks) == 60 and all((a == b).all() for a, b in zip(masks[:30], masks[30:]))
 
 
 def test_says_on_what_it_was_measured(output):
