@@ -242,6 +242,13 @@ def test_aggregates_take_only_seeds_complete_on_all_tasks(root):
     assert local[3] == "0.315 [0.310, 0.320]" and local[-1] == "2"
 
 
+def test_one_seed_has_values_but_no_interval(tmp_path):
+    for task in ("t", "u"):
+        write_run(tmp_path / "output", "m", task, 1, np.full(21, 0.25), seconds=5)
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    assert table_of(tmp_path, "g-aggregate")[2] == ["m", "0.250", "0.250", "0.250", "0.750", "1"]
+
+
 def test_paper_is_quoted_for_its_tasks_and_frames_only(tmp_path):
     for interval in (50_000, 10_000):
         for task in report.PAPER_TASKS:
