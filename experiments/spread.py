@@ -7,8 +7,8 @@
 Agents move in the plane. Each leaf is paid for being near any landmark, the hub (agent 0) for every landmark that has
 an agent near it: so every agent influences the hub and itself, and nobody else.
 
-    python experiments/spread.py --algorithm ippo --credit dg --num-agents 5
-    python experiments/spread.py --algorithm mappo --credit global --num-agents 20 --seed 2
+    python experiments/spread.py --algorithm ippo --credit dg --env-id star-spread-5
+    python experiments/spread.py --algorithm mappo --credit global --env-id star-spread-20 --seed 2
 
 Axes are (T, E, N, ...): time step, environment, agent. A pair is (..., i, j): i is the influencer, j the influenced.
 B: all steps in one row; D: observation size; A: actions.
@@ -16,6 +16,7 @@ B: all steps in one row; D: observation size; A: actions.
 
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -47,14 +48,14 @@ class Args:
     checkpoint_interval: int = 100_000
     """frames between two checkpoints (0: none but those of --save-model and of an interrupted run)"""
     resume: str | None = None
-    """path of a checkpoint.pt: continue that run exactly, in its own folder and with its settings"""
+    """path of a checkpoint.pt: continue that run exactly, in its own folder, also beyond --total-timesteps"""
 
     algorithm: Literal["mappo", "ippo"] = "ippo"
     """what the critic sees: the positions of all agents (mappo) or each agent's own observation (ippo)"""
     credit: Literal["dg", "local", "global"] = "dg"
     """an agent learns from the rewards it can have influenced by the known graph, from its own, or from the team's"""
-    num_agents: int = 5
-    """agents, the hub included, and landmarks"""
+    env_id: str = "star-spread-5"
+    """star-spread-N: N agents, the hub included, and N landmarks"""
     total_timesteps: int = 5_000_000
     """frames: environment steps summed over the environments"""
     num_envs: int = 10
@@ -99,11 +100,11 @@ def check_args(args):
     counts = "total_timesteps num_envs eval_interval eval_episodes update_epochs hidden_dim num_threads"
     amounts = "seed checkpoint_interval learning_rate clip_coef ent_coef max_grad_norm"
     fractions = "gamma gae_lambda"
-    limits = (counts, 1, torch.inf), (amounts, 0, torch.inf), (fractions, 0, 1), ("num_agents", 2, torch.inf)
-    for names, low, high in limits:
+    for names, low, high in ((counts, 1, torch.inf), (amounts, 0, torch.inf), (fractions, 0, 1)):
         for name in names.split():
             if not low <= getattr(args, name) <= high:
                 raise UserError(f"{name} must lie in [{low}, {high}], not {getattr(args, name)}")
+    make_env(args.env_id, 1)
     if args.total_timesteps < (frames := args.num_envs * StarSpread.episode_length):
         raise UserError(f"total_timesteps is {args.total_timesteps}, below one iteration ({frames} frames)")
 
@@ -147,6 +148,14 @@ class StarSpread:
         obs[..., :2], obs[..., 2 : 2 * self.N + 2] = self.positions, self.landmarks.ravel()
         obs[:, 0, 2 * self.N + 2 :] = self.positions.reshape(self.E, -1)
         return obs
+
+
+def make_env(env_id, num_envs, seed=0):
+    """The environments of star-spread-N; UserError for another name or a number of agents below 2."""
+    num_agents = re.fullmatch(r"star-spread-(\d+)", env_id)
+    if not num_agents or int(num_agents[1]) < 2:
+        raise UserError(f"unknown environment {env_id}: env_id must be star-spread-N, N agents, at least 2")
+    return StarSpread(int(num_agents[1]), num_envs, seed)
 
 
 def known_graph(num_agents):
@@ -342,7 +351,7 @@ def evaluate(actor, args, index, device):
     Starts and noise depend on args.seed and the index of the evaluation alone: every method plays the same ones.
     """
     seed = np.random.SeedSequence([args.seed, index]).generate_state(1)[0]
-    env, returns = StarSpread(args.num_agents, args.num_envs, seed), []
+    env, returns = make_env(args.env_id, args.num_envs, seed), []
     with torch.random.fork_rng(devices=[]):  # training goes on as if there had been no evaluation
         torch.manual_seed(int(seed))
         for _ in range(0, args.eval_episodes, args.num_envs):  # in turns: 100 episodes of 100 agents would be 0.8 GB
@@ -385,7 +394,7 @@ def main():
     script = os.path.basename(__file__)[: -len(".py")]
     args, checkpoint = parse_args(script)
     method = f"{args.exp_name}_{args.algorithm}_{args.credit}"
-    run_name = f"star-spread-{args.num_agents}__{method}__{args.seed}__{int(time.time())}"
+    run_name = f"{args.env_id}__{method}__{args.seed}__{int(time.time())}"
     run_dir = os.path.dirname(os.path.abspath(args.resume)) if checkpoint else os.path.join("runs", run_name)
     if not checkpoint and os.path.exists(run_dir):
         raise UserError(f"the run folder {run_dir} exists and is never overwritten")
@@ -398,7 +407,7 @@ def main():
     torch.set_num_threads(args.num_threads)
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.manual_seed(args.seed)  # PyTorch's CPU generator is the only random stream besides the environment's own
-    env = StarSpread(args.num_agents, args.num_envs, args.seed)
+    env = make_env(args.env_id, args.num_envs, args.seed)
     actor, critic = (network.to(device) for network in make_networks(args, env))
     standardise = RunningStandardisation(env.N).to(device)
     graph = known_graph(env.N).to(device)

@@ -52,7 +52,7 @@ def measure_iteration(num_agents, algorithm, iterations):
     """Run the phases of an iteration of spread.py with the known graph -> milliseconds of each, peak memory in MB."""
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    args = spread.Args(algorithm=algorithm, num_agents=num_agents)
+    args = spread.Args(algorithm=algorithm)
     env, device = spread.StarSpread(num_agents, EPISODES), torch.device("cpu")
     actor, critic = spread.make_networks(args, env)
     optimizers = [torch.optim.Adam(x.parameters(), lr=args.learning_rate, fused=True) for x in (actor, critic)]

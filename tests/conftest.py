@@ -23,6 +23,12 @@ LBF_SCRIPTS = DG_SCRIPTS + BASELINES
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """A test that draws random numbers draws the same ones every time."""
+    torch.manual_seed(0)
+
+
 def load(script):
     """The script as a module."""
     name = Path(script).stem

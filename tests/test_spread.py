@@ -106,7 +106,7 @@ def test_credit_of_the_known_graph():
 def test_standardisation_is_that_of_all_rewards_so_far():
     standardise, batches = spread.RunningStandardisation(3), []
     for k in range(5):
-        batches.append(torch.randn((4, 2, 3)) * torch.tensor([1.0, 5.0, 0.1]) + k)
+        batches.append(torch.randn((4, 2, 3)) * torch.tensor([1.0, 5.0, 0.5]) + k)
         seen = torch.stack(batches).flatten(0, 2).double()
         expected = (batches[-1] - seen.mean(0)) / seen.std(0, correction=0)
         torch.testing.assert_close(standardise(batches[-1]), expected.float(), rtol=1e-3, atol=1e-3)
@@ -117,7 +117,7 @@ def test_what_the_critics_see():
     env = spread.StarSpread(4, 3)
     obs = torch.from_numpy(env.reset()).requires_grad_()
     for algorithm, seen in (("mappo", {0}), ("ippo", {2})):
-        _, critic = spread.make_networks(spread.Args(algorithm=algorithm, num_agents=4), env)
+        _, critic = spread.make_networks(spread.Args(algorithm=algorithm), env)
         values = critic(obs)
         assert values.shape == (3, 4)
         (gradient,) = torch.autograd.grad(values[1, 2], obs)
@@ -144,7 +144,7 @@ def options(*more):
 @pytest.mark.parametrize("algorithm", ["mappo", "ippo"])
 @pytest.mark.parametrize("credit", ["dg", "local", "global"])
 def test_a_short_run(tmp_path, algorithm, credit):
-    method = "--algorithm", algorithm, "--credit", credit, "--num-agents", 3
+    method = "--algorithm", algorithm, "--credit", credit, "--env-id", "star-spread-3"
     done = run_inside(spread, *options(*method), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = run_folder(tmp_path)
@@ -189,7 +189,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
 
 def test_dg_learns(tmp_path):
     """40k frames of two agents: the return leaves the level of the untrained policy far behind."""
-    done = run_inside(spread, "--num-agents", 2, "--total-timesteps", 40_000, "--learning-rate", 2e-3, cwd=tmp_path)
+    done = run_inside(
+        spread, "--env-id", "star-spread-2", "--total-timesteps", 40_000, "--learning-rate", 2e-3, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(open(run_folder(tmp_path) / "evaluations.csv")))
     first, last = float(rows[0]["episodic_return"]), float(rows[-1]["episodic_return"])
@@ -198,7 +200,12 @@ def test_dg_learns(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong, words",
-    [(("--num-agents", 1), "num_agents"), (("--total-timesteps", 10), "total_timesteps"), (("--gamma", 2), "gamma")],
+    [
+        (("--env-id", "star-spread-1"), "star-spread-1"),
+        (("--env-id", "spread-5"), "spread-5"),
+        (("--total-timesteps", 10), "total_timesteps"),
+        (("--gamma", 2), "gamma"),
+    ],
 )
 def test_bad_settings_are_one_sentence(tmp_path, wrong, words):
     done = run("experiments/spread.py", *wrong, cwd=tmp_path, check=False)
