@@ -108,7 +108,7 @@ class Args:
     edge_add: float = 0.0
     """probability of adding a missing edge (injected noise)"""
     transpose_graph: bool = False
-    """use the learned graph with influencer and influenced exchanged, as the authors' code does"""
+    """use the graph with influencer and influenced exchanged, as the authors' code does with the learned one"""
 
 
 class UserError(Exception):
@@ -116,7 +116,7 @@ class UserError(Exception):
 
 
 def check_args(args):
-    """Raise UserError for the first setting that makes no sense."""
+    """Raise UserError for the first setting that makes no sense (settings that this script lacks are skipped)."""
     counts = "total_timesteps num_envs eval_interval eval_episodes update_epochs hidden_dim num_threads"
     amounts = "seed checkpoint_interval learning_rate clip_coef ent_coef max_grad_norm oracle_distance"
     fractions = "gamma gae_lambda c graph_p edge_drop edge_add"
@@ -133,7 +133,7 @@ class LevelBasedForaging(ForagingEnv):
     """lbforaging's environment, bit for bit but several times faster, with the paper's winner-take-all variant.
 
     Winner-take-all: a food's whole reward goes to its loader with the highest level (ties: the lowest index), and its
-    level is the sum of the two lowest player levels (the package: the three lowest), so that two agents are needed.
+    level is at most (-coop tasks: just) the sum of the two lowest player levels, in the package of the three lowest.
     """
 
     def __init__(self, winner_take_all=False, **kwargs):
@@ -166,7 +166,7 @@ class LevelBasedForaging(ForagingEnv):
             self.board, self.view = board, {}
         for player in self.players:
             cell = player.position = int(player.position[0]), int(player.position[1])
-            player.history.append(cell)  # cleared by reset; the package leaves it empty
+            player.history.append(cell)  # for the oracle graph; empty in the package, cleared by reset
             if cell not in self.view:
                 self.view[cell] = self._look_around(*cell)
             self._valid_actions[player] = self.view[cell][0]
@@ -390,7 +390,7 @@ def multi_agent_gae(rewards, values, terminated, alive, graph, gamma, gae_lambda
 # ROLLOUT
 @torch.no_grad()
 def collect(envs, actor, device, greedy=False):
-    """Play one whole episode in every environment; T is the longest one's length, what follows an end is for nobody.
+    """Play one whole episode in every environment; T is the longest one's length; `alive` masks what follows an end.
 
     Returns obs (T+1, E, N, D) with the observation after the last step, actions, logprobs, rewards (T, E, N),
     terminated (T, E) bool: ended in a terminal state, alive (T, E) bool: the step took place.
@@ -489,9 +489,9 @@ def parse_args(script):
         if writer != script or saved.keys() != vars(args).keys():
             raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
         args = tyro.cli(Args, default=Args(**saved))
-        free = "total_timesteps resume save_model checkpoint_interval num_workers track wandb_project_name wandb_entity"
+        free = "resume save_model checkpoint_interval num_workers track wandb_project_name wandb_entity"
         for name in saved.keys() - free.split():
-            if getattr(args, name) != saved[name]:
+            if getattr(args, name) != saved[name] and (name != "total_timesteps" or args.total_timesteps < saved[name]):
                 raise UserError(f"--resume: {name} is {getattr(args, name)} here, {saved[name]} in the checkpoint")
     check_args(args)
     return args, checkpoint
@@ -554,7 +554,7 @@ def main():
         # EVALUATE (first the untrained policy)
         finished = global_step >= args.total_timesteps
         every, last = args.eval_interval, evaluations[-1]["global_step"] if evaluations else -1
-        if global_step // every > last // every or finished and global_step > last:
+        if not stop_signals and (global_step // every > last // every or finished and global_step > last):
             returns = evaluate(actor, args, global_step // every, device)  # (episodes, N)
             team, agents = returns.sum(-1), returns.mean(0).tolist()
             row = {"episodic_return": team.mean().item(), "episodic_return_std": team.std(correction=0).item()}
@@ -587,13 +587,16 @@ def main():
         # DEPENDENCE GRAPH, by models trained up to the iteration before
         cells = [torch.tensor([player.history[1:] for player in env.players]).transpose(0, 1) for env in envs]
         positions = nn.utils.rnn.pad_sequence(cells)  # (T, E, N, 2), after each step
+        # the oracle is for the charts, unless --graph asks for it
         oracle = oracle_graph(positions, args.oracle_distance).to(device)  # (T, E, N_i, N_j)
         probability = {"random": args.graph_p, "complete": 1.0}.get(args.graph, 0.0)
+        # random, complete, identity: no edge but one's own, then others added with the probability
         graph = oracle if args.graph == "oracle" else change_edges(torch.zeros_like(oracle), 0.0, probability)
         entropies = {}
         if args.graph == "learned":
             logits = models(obs, alive)  # the models' update below needs the same forward pass
-            graph[alive], entropies = learned_graph(logits[1], logits[2], args.c)
+            _, predictor_logits, reverse_logits = logits
+            graph[alive], entropies = learned_graph(predictor_logits, reverse_logits, args.c)
         graph = graph.transpose(-1, -2) if args.transpose_graph else graph
         graph = change_edges(graph, args.edge_drop, args.edge_add)
 

@@ -16,6 +16,7 @@ and the advantage of agent i counts the rewards of agent j from the first step a
 
 Axes are (T, E, N, ...): time step, environment, agent. A pair is (..., i, j): i is the influencer, j the influenced.
 R: agents alive, of all steps in one row; P: pairs of them; D: observation size, S: state, A: actions, Z: latent size.
+alive (T, E): the step took place, its game was not over; active (T, E, N): and the agent was living.
 """
 
 import contextlib
@@ -49,7 +50,8 @@ try:
     from smaclite.env.units.unit import Unit
     from smaclite.env.util.faction import Faction
     from smaclite.env.util.plane import Plane
-except ImportError:  # what does not play can be imported without it
+except ImportError as error:  # what does not play can be imported without it
+    missing = error
     NeighbourFinder = NumpyVelocityUpdater = SMACliteEnv = object
 
 
@@ -128,7 +130,7 @@ class Args:
     edge_add: float = 0.0
     """probability of adding a missing edge (injected noise)"""
     transpose_graph: bool = False
-    """use the learned graph with influencer and influenced exchanged, as the authors' code does"""
+    """use the graph with influencer and influenced exchanged, as the authors' code does with the learned one"""
     pair_chunk: int = 65_536
     """pairs of agents that the reverse model treats at a time: bounds the memory"""
 
@@ -138,7 +140,7 @@ class UserError(Exception):
 
 
 def check_args(args):
-    """Raise UserError for the first setting that makes no sense."""
+    """Raise UserError for the first setting that makes no sense (settings that this script lacks are skipped)."""
     counts = "total_timesteps num_envs num_workers eval_interval eval_episodes update_epochs hidden_dim num_threads"
     amounts = "seed checkpoint_interval learning_rate clip_coef ent_coef max_grad_norm"
     fractions = "gamma gae_lambda c graph_p edge_drop edge_add"
@@ -147,7 +149,7 @@ def check_args(args):
             if not low <= getattr(args, name, low) <= high:
                 raise UserError(f"{name} must lie in [{low}, {high}], not {getattr(args, name)}")
     if SMACliteEnv is object:
-        raise UserError("SMAClite is not installed: pip install -r requirements-smaclite.txt")
+        raise UserError(f"SMAClite is not installed ({missing}): see requirements-smaclite.txt, or use `uv run`")
     if args.total_timesteps < (frames := args.num_envs * make_env(args.env_id, args.use_cpp_rvo2).time_limit):
         raise UserError(f"total_timesteps is {args.total_timesteps}, below one iteration ({frames} frames)")
 
@@ -188,8 +190,8 @@ class PairwiseNeighbourFinder(NeighbourFinder):
         delta = np.array([unit.pos for unit in units], np.float64)[:, None] - self.positions  # (m, n, 2)
         distance_sq = delta[..., 0] ** 2 + delta[..., 1] ** 2
         # Only the package's get_obs asks with one radius for distances; it asserts that none equals the radius.
-        within = np.less if return_distance and np.isscalar(radius) else np.less_equal
-        near = within(distance_sq, np.square(radius)[..., None])
+        strict = return_distance and np.isscalar(radius)
+        near = np.sqrt(distance_sq) < radius if strict else distance_sq <= np.square(radius)[..., None]
         if same_plane_only or targetting_mode:
             for plane, columns in self.on_plane.items():
                 rows = [unit.plane is plane if same_plane_only else plane in unit.valid_targets for unit in units]
@@ -490,8 +492,10 @@ def update_graph_models(models, optimizer, obs, avail, active, actions, pair_chu
             loss = loss + share
             losses[k] += torch.stack([share.detach(), (logit.argmax(-1) == target).sum() / counts[k]]).cpu()
         loss.backward()
-    if not losses.isfinite().all():
-        raise UserError(f"one of {', '.join(f'{name}_loss' for name in names)} is not finite: {losses[:, 0].tolist()}")
+    norm = nn.utils.clip_grad_norm_(models.parameters(), torch.inf)
+    if not (losses.isfinite().all() and norm.isfinite()):
+        text = ", ".join(f"{name}_loss is {loss:g}" for name, loss in zip(names, losses[:, 0].tolist()))
+        raise UserError(f"{text} and the norm of their gradient {norm.item()}")
     optimizer.step()
     for name, (loss, accuracy) in zip(names, losses):
         metrics |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
@@ -563,7 +567,8 @@ def collect(envs, actor, seeds, device, greedy=False):
     (T, E, N) bool: the agent was alive, actions, logprobs, rewards (T, E, N), terminated, alive (T, E) bool: the step
     took place, won (E) bool.
     """
-    obs, info = envs.reset(seed=[int(seed) for seed in seeds])
+    envs.reset_async(seed=[int(seed) for seed in seeds])
+    obs, info = envs.reset_wait(timeout=300)
     observations, states, steps = [obs], [info["state"]], []
     running, won, memory = np.ones(len(obs), dtype=bool), np.zeros(len(obs), dtype=bool), None
     while running.any():
@@ -631,12 +636,12 @@ def evaluate(envs, actor, args, index, device):
 
     The games depend on args.seed and the index of the evaluation alone: every script plays the same ones.
     """
-    returns, won = [], []
+    episodes = args.num_envs * math.ceil(args.eval_episodes / args.num_envs)  # every environment plays each time
+    seeds, returns, won = np.random.SeedSequence([args.seed, 1, index]).generate_state(episodes), [], []
     with torch.random.fork_rng(devices=[]):  # training goes on as if there had been no evaluation
-        torch.manual_seed(index)
+        torch.manual_seed(int(seeds[0]))
         for k in range(0, args.eval_episodes, args.num_envs):
-            seeds = np.random.SeedSequence([args.seed, 1, index, k]).generate_state(args.num_envs)
-            *_, rewards, _, _, wins = collect(envs, actor, seeds, device, args.eval_greedy)
+            *_, rewards, _, _, wins = collect(envs, actor, seeds[k : k + args.num_envs], device, args.eval_greedy)
             returns.append(rewards.sum(0).cpu())
             won.append(wins.cpu())
     return torch.cat(returns)[: args.eval_episodes], torch.cat(won)[: args.eval_episodes]
@@ -664,9 +669,9 @@ def parse_args(script):
         if writer != script or saved.keys() != vars(args).keys():
             raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
         args = tyro.cli(Args, default=Args(**saved))
-        free = "total_timesteps resume save_model checkpoint_interval num_workers track wandb_project_name wandb_entity"
+        free = "resume save_model checkpoint_interval num_workers track wandb_project_name wandb_entity"
         for name in saved.keys() - free.split():
-            if getattr(args, name) != saved[name]:
+            if getattr(args, name) != saved[name] and (name != "total_timesteps" or args.total_timesteps < saved[name]):
                 raise UserError(f"--resume: {name} is {getattr(args, name)} here, {saved[name]} in the checkpoint")
     check_args(args)
     return args, checkpoint
@@ -726,7 +731,7 @@ def main():
         # EVALUATE (first the untrained policy)
         finished = global_step >= args.total_timesteps
         every, last = args.eval_interval, evaluations[-1]["global_step"] if evaluations else -1
-        if global_step // every > last // every or finished and global_step > last:
+        if not stop_signals and (global_step // every > last // every or finished and global_step > last):
             returns, won = evaluate(envs, actor, args, global_step // every, device)  # (episodes, N), (episodes)
             team, agents = returns.sum(-1), returns.mean(0).tolist()
             row = {"episodic_return": team.mean().item(), "episodic_return_std": team.std(correction=0).item()}
@@ -760,6 +765,7 @@ def main():
 
         # DEPENDENCE GRAPH, by models trained up to the iteration before
         probability, entropies = {"random": args.graph_p, "complete": 1.0}.get(args.graph, 0.0), {}
+        # random, complete, identity: no edge but one's own, then others added with the probability
         graph = change_edges(torch.zeros((*active.shape, N), dtype=torch.bool, device=device), 0.0, probability)
         if args.graph == "learned":
             graph, entropies = learned_graph(models, obs, avail, active, args.c, args.pair_chunk)
@@ -790,7 +796,8 @@ def main():
         episodes = rewards.sum(0).mean(0)  # (N), mean return of each agent
         charts = {"episodic_return": episodes.sum(), "episodic_length": alive.sum(0).float().mean()}
         charts |= {f"episodic_return_agent_{i}": value for i, value in enumerate(episodes)}
-        charts |= {"win_rate": won.float().mean(), "deaths": (~active[0] | ~active).any(0).float().sum(-1).mean()}
+        deaths = (alive.unsqueeze(-1) & ~active).any(0).float().sum(-1)  # before the last step
+        charts |= {"win_rate": won.float().mean(), "deaths": deaths.mean()}
         charts |= {"learning_rate": args.learning_rate, "SPS": (global_step - start_step) / (time.time() - start_time)}
         edges = (graph.sum() - active.sum()) / active.sum()  # per living agent, besides its own
         statistics = {"density": edges} | entropies

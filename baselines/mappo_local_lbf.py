@@ -94,7 +94,7 @@ class UserError(Exception):
 
 
 def check_args(args):
-    """Raise UserError for the first setting that makes no sense."""
+    """Raise UserError for the first setting that makes no sense (settings that this script lacks are skipped)."""
     counts = "total_timesteps num_envs eval_interval eval_episodes update_epochs hidden_dim num_threads"
     amounts = "seed checkpoint_interval learning_rate clip_coef ent_coef max_grad_norm oracle_distance"
     fractions = "gamma gae_lambda c graph_p edge_drop edge_add"
@@ -111,7 +111,7 @@ class LevelBasedForaging(ForagingEnv):
     """lbforaging's environment, bit for bit but several times faster, with the paper's winner-take-all variant.
 
     Winner-take-all: a food's whole reward goes to its loader with the highest level (ties: the lowest index), and its
-    level is the sum of the two lowest player levels (the package: the three lowest), so that two agents are needed.
+    level is at most (-coop tasks: just) the sum of the two lowest player levels, in the package of the three lowest.
     """
 
     def __init__(self, winner_take_all=False, **kwargs):
@@ -144,7 +144,7 @@ class LevelBasedForaging(ForagingEnv):
             self.board, self.view = board, {}
         for player in self.players:
             cell = player.position = int(player.position[0]), int(player.position[1])
-            player.history.append(cell)  # cleared by reset; the package leaves it empty
+            player.history.append(cell)  # for the oracle graph; empty in the package, cleared by reset
             if cell not in self.view:
                 self.view[cell] = self._look_around(*cell)
             self._valid_actions[player] = self.view[cell][0]
@@ -236,7 +236,7 @@ def gae(rewards, values, terminated, alive, gamma, gae_lambda):
 # ROLLOUT
 @torch.no_grad()
 def collect(envs, actor, device, greedy=False):
-    """Play one whole episode in every environment; T is the longest one's length, what follows an end is for nobody.
+    """Play one whole episode in every environment; T is the longest one's length; `alive` masks what follows an end.
 
     Returns obs (T+1, E, N, D) with the observation after the last step, actions, logprobs, rewards (T, E, N),
     terminated (T, E) bool: ended in a terminal state, alive (T, E) bool: the step took place.
@@ -335,9 +335,9 @@ def parse_args(script):
         if writer != script or saved.keys() != vars(args).keys():
             raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
         args = tyro.cli(Args, default=Args(**saved))
-        free = "total_timesteps resume save_model checkpoint_interval num_workers track wandb_project_name wandb_entity"
+        free = "resume save_model checkpoint_interval num_workers track wandb_project_name wandb_entity"
         for name in saved.keys() - free.split():
-            if getattr(args, name) != saved[name]:
+            if getattr(args, name) != saved[name] and (name != "total_timesteps" or args.total_timesteps < saved[name]):
                 raise UserError(f"--resume: {name} is {getattr(args, name)} here, {saved[name]} in the checkpoint")
     check_args(args)
     return args, checkpoint
@@ -398,7 +398,7 @@ def main():
         # EVALUATE (first the untrained policy)
         finished = global_step >= args.total_timesteps
         every, last = args.eval_interval, evaluations[-1]["global_step"] if evaluations else -1
-        if global_step // every > last // every or finished and global_step > last:
+        if not stop_signals and (global_step // every > last // every or finished and global_step > last):
             returns = evaluate(actor, args, global_step // every, device)  # (episodes, N)
             team, agents = returns.sum(-1), returns.mean(0).tolist()
             row = {"episodic_return": team.mean().item(), "episodic_return_std": team.std(correction=0).item()}

@@ -199,7 +199,8 @@ class EnvironmentTime:
         module.make_vector_env = lambda args: self.watch(make_vector_env(args))
 
     def watch(self, envs):
-        envs.reset, envs.step_async, envs.step_wait = map(self.timed, (envs.reset, envs.step_async, envs.step_wait))
+        for name in ("reset_async", "reset_wait", "step_async", "step_wait"):
+            setattr(envs, name, self.timed(getattr(envs, name)))
         return envs
 
     def timed(self, function):

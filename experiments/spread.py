@@ -381,9 +381,9 @@ def parse_args(script):
         if writer != script or saved.keys() != vars(args).keys():
             raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
         args = tyro.cli(Args, default=Args(**saved))
-        free = "total_timesteps resume save_model checkpoint_interval".split()
+        free = "resume save_model checkpoint_interval".split()
         for name in saved.keys() - free:
-            if getattr(args, name) != saved[name]:
+            if getattr(args, name) != saved[name] and (name != "total_timesteps" or args.total_timesteps < saved[name]):
                 raise UserError(f"--resume: {name} is {getattr(args, name)} here, {saved[name]} in the checkpoint")
     check_args(args)
     return args, checkpoint
@@ -434,7 +434,7 @@ def main():
         # EVALUATE (first the untrained policy)
         finished = global_step >= args.total_timesteps
         every, last = args.eval_interval, evaluations[-1]["global_step"] if evaluations else -1
-        if global_step // every > last // every or finished and global_step > last:
+        if not stop_signals and (global_step // every > last // every or finished and global_step > last):
             returns = evaluate(actor, args, global_step // every, device)  # (episodes, N)
             team, agents = returns.sum(-1), returns.mean(0).tolist()
             row = {"episodic_return": team.mean().item(), "episodic_return_std": team.std(correction=0).item()}

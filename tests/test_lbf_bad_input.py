@@ -183,6 +183,7 @@ def test_resume_from_another_version_of_the_script(finished, tmp_path):
         (["--graph", "oracle"], "graph", "oracle", "learned"),
         (["--env-id", "Foraging-5x5-2p-2f-v3"], "env_id", "Foraging-5x5-2p-2f-v3", "Foraging-5x5-2p-1f-v3"),
         (["--num-envs", 10], "num_envs", 10, 2),  # the default, but the run has another
+        (["--total-timesteps", 200], "total_timesteps", 200, 300),  # a later one would do
         (["--winner-take-all"], "winner_take_all", True, False),
         (["--exp-name", "other"], "exp_name", "other", "mappo_dg_lbf"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, load, run, run_folder, run_inside
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytest.importorskip("smaclite", reason="SMAClite is not on PyPI: pip install -r requirements-smaclite.txt")
@@ -78,6 +78,29 @@ def test_what_a_run_gives(script, tmp_path):
         agents = [float(row[f"episodic_return_agent_{i}"]) for i in range(2)]
         assert float(row["episodic_return"]) == pytest.approx(sum(agents), abs=1e-4)
         assert 0 <= float(row["win_rate"]) <= 1 and row["episodes"] == "2"
+
+
+def test_deaths_are_counted_while_games_last(tmp_path, monkeypatch):
+    """charts/deaths: agents that lived and died before their game's last step, per game; padding is no death."""
+    module, counts = load(SCRIPTS[1]), []
+    collect = module.collect
+
+    def recorded(*args):
+        rollout = collect(*args)
+        active, alive = rollout[3].tolist(), rollout[8].tolist()  # (T, E, N), (T, E)
+        games = range(len(alive[0]))
+        lengths = [sum(step[e] for step in alive) for e in games]
+        counts.append(sum(not living for e in games for living in active[lengths[e] - 1][e]) / len(games))
+        return rollout
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "collect", recorded)
+        options = ["--env-id", "3s_vs_5z", "--num-envs", 3, "--total-timesteps", 450, "--eval-episodes", 3]
+        done = run_inside(module, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    events = EventAccumulator(str(run_folder(tmp_path))).Reload()
+    logged = [event.value for event in events.Scalars("charts/deaths")]
+    assert logged == pytest.approx(counts[1 : 1 + len(logged)]) and max(logged) > 0  # the first is an evaluation's
 
 
 def test_a_killed_run_resumes_exactly(tmp_path):
