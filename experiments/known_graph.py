@@ -1,7 +1,7 @@
 """How good is the learned dependence graph? A small world in which the true one is known.
 
     python experiments/known_graph.py                  # every run -> results/known_graph.csv, figures/known_graph-*
-    python experiments/known_graph.py --figure-only    # the figure again, from the CSV
+    python experiments/known_graph.py --figure-only    # figure and README's table again, from the CSV
 
 The world: N agents sit on a ring. Agent i has a dial x^i in {0, 1, 2, 3} and a flag f^i in {0, 1}, and chooses one of
 four actions. It reaches its right neighbour j = i + 1 iff f^i = 1 and f^j = 0, so nobody is reached by two others.
@@ -252,6 +252,24 @@ def last(data, **where):
     return data.groupby(["observation", "agents", "subset", "c"], as_index=False).mean(numeric_only=True)
 
 
+def table(data):
+    """README's table: precision, recall and AUC at c = 0.9 at the end of the runs, mean over seeds, as Markdown."""
+    lines = [
+        f"| world, policy | N | true edges | {' | '.join(OBSERVATIONS)} |",
+        "| --- " * (3 + len(OBSERVATIONS)) + "|",
+    ]
+    data = data[(data["subset"] == "all") & (data["c"] == 0.9)]
+    for world, policy in data[["world", "policy"]].drop_duplicates().itertuples(index=False):
+        rows = last(data, world=world, policy=policy).set_index(["agents", "observation"])
+        for N in rows.index.unique("agents"):
+            density, cells = rows.loc[N, "true_density"].mean(), []
+            for view in OBSERVATIONS:
+                found = rows.loc[(N, view), ["precision", "recall", "auc"]] if (N, view) in rows.index else []
+                cells.append(" / ".join("-" if np.isnan(x) else f"{x:.2f}" for x in found) or "not run")
+            lines.append(f"| {world}, {policy} | {N} | {100 * density:.1f} % | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw(data, theme):
     """Six panels; colour is what the models see, solid lines are precision, dashed ones recall, dotted ones chance."""
     text, hues = THEMES[theme][1], dict(zip(OBSERVATIONS, THEMES[theme][3:]))
@@ -335,6 +353,7 @@ def main(args):
     if not path.exists():
         raise UserError(f"{path} does not exist: run without --figure-only first")
     data = pd.read_csv(path)
+    print(table(data))
     figures.mkdir(parents=True, exist_ok=True)
     for theme in THEMES:
         with mpl.rc_context(style(theme)):

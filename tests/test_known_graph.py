@@ -163,3 +163,15 @@ def test_learned_edges_point_from_the_influencer_and_the_quick_run_is_quick(tmp_
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         f"known_graph-{theme}.{kind}" for theme in ("light", "dark") for kind in ("png", "svg")
     }
+
+
+def test_the_table_in_readme_is_that_of_the_committed_runs():
+    data = pd.read_csv(ROOT / "experiments" / "results" / "known_graph.csv")
+    assert data["seed"].nunique() == 3
+    text = kg.table(data)
+    assert f"\n\n{text}\n\n" in (ROOT / "README.md").read_text()
+    cells = [line.split(" | ") for line in text.splitlines()]
+    row = data[(data["agents"] == 10) & (data["observation"] == "own") & (data["iteration"] == 400)]
+    row = row[(row["c"] == 0.9) & (row["subset"] == "all")].mean(numeric_only=True)
+    expected = f"{row['precision']:.2f} / {row['recall']:.2f} / {row['auc']:.2f} |"
+    assert [line[-1] for line in cells if line[1] == "10"] == [expected]
