@@ -42,7 +42,7 @@ class Args:
     torch_deterministic: bool = True
     """if toggled, PyTorch uses deterministic algorithms only"""
     cuda: bool = False
-    """use a GPU for the networks (off: networks this small are faster on a core)"""
+    """use a GPU (networks this small are faster on a core); set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"""
     num_threads: int = 1
     """PyTorch threads"""
     track: bool = False
