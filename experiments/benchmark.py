@@ -1,6 +1,6 @@
 """Speed and memory of the scripts, as Markdown tables.
 
-    python experiments/benchmark.py                # the LBF scripts on one core: some five minutes
+    python experiments/benchmark.py                # the LBF scripts on one core: some seven minutes
     python experiments/benchmark.py --end-to-end   # five minutes more: also the speed of whole runs of the scripts
     python experiments/benchmark.py --smaclite     # the SMAClite scripts instead, on two cores: some fifteen minutes
     python experiments/benchmark.py --quick        # a test of the benchmark, its numbers mean little
@@ -127,7 +127,7 @@ class Training:
 
 
 def lbf_task(env_id):
-    """The options for a task: the environments are compared, and trained on, without winner-take-all."""
+    """The options for a task: the vanilla ones are trained on without winner-take-all."""
     return [f"--env-id={env_id}"] + ["--no-winner-take-all"] * ("coop" not in env_id)
 
 

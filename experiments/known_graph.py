@@ -285,7 +285,9 @@ def draw(data, theme):
     chance = at_c.groupby("agents")["true_density"].mean()
     by_size.plot(chance.index, chance, ":", color=text)
     sizes = chance.index.tolist()
-    by_size.set(xscale="log", xticks=sizes, xticklabels=sizes, xlabel="agents N", ylim=(-0.03, 1.03))
+    frames = at_c.groupby("agents")["frames"].mean() / 1000
+    labels = [f"{N}\n{frames[N]:g}k" for N in sizes]
+    by_size.set(xscale="log", xticks=sizes, xticklabels=labels, xlabel="agents N, frames of data", ylim=(-0.03, 1.03))
     by_size.minorticks_off()
     by_size.set_title("precision and recall at c = 0.9")
 
@@ -298,7 +300,7 @@ def draw(data, theme):
             )
     by_data.axhline(0.5, ls=":", color=text)
     by_data.set(xscale="log", xlabel="iterations", ylim=(0.4, 1.02))
-    by_data.set_title("AUC by amount of data, for each N")
+    by_data.set_title("AUC by amount of data, for each N (no raw)")
 
     subsets = ["seen", "enters", "leaves", "unseen"]
     for k, (view, rows) in enumerate(last(data, world="unseen", c=0.9).groupby("observation")):
@@ -327,7 +329,7 @@ def draw(data, theme):
 @dataclass
 class Args:
     quick: bool = False
-    """a minute's worth of runs, to see that everything works"""
+    """a minute's worth of runs, to see that everything works; needs an --output of its own"""
     seeds: int = 3
     """seeds of every run"""
     output: Path = Path(__file__).resolve().parent
@@ -340,16 +342,19 @@ def main(args):
     """Train, measure, write the CSV and the figure; raises UserError."""
     if args.seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {args.seeds}")
+    if args.quick and args.output == Args.output:
+        raise UserError("--quick needs --output: its few runs must not replace the committed ones")
     torch.set_num_threads(1)
     path, figures = args.output / "results" / "known_graph.csv", args.output / "figures"
     if not args.figure_only:
+        partial = path.with_suffix(".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         rows, runs, start = [], QUICK if args.quick else plan(args.seeds), time.time()
         for k, run in enumerate(runs, 1):
             rows += train(*run, *((100, 20) if args.quick else (ITERATIONS[run[2]],)))
-            pd.DataFrame(rows).to_csv(path.with_suffix(".tmp"), index=False, float_format="%.3g")
-            os.replace(path.with_suffix(".tmp"), path)
+            pd.DataFrame(rows).to_csv(partial, index=False, float_format="%.3g")
             print(f"{k}/{len(runs)} {' '.join(map(str, run))} AUC {rows[-1]['auc']:.2f} ({time.time() - start:.0f} s)")
+        os.replace(partial, path)
     if not path.exists():
         raise UserError(f"{path} does not exist: run without --figure-only first")
     data = pd.read_csv(path)

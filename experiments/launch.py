@@ -25,7 +25,7 @@ OUTPUT_DIR/method/env_id/seed1/, the working directory of its script:
 
     runs/*/         what the script writes: checkpoint.pt, evaluations.csv, TensorBoard events
     log.txt         its output
-    attempts.json   when and where it was started, for how long, and its exit status
+    attempts.json   when and where it was started, by which command, for how long, and its exit status
     finished.json   exists once the script has exited with status 0: command, seconds of all attempts, run folder
     lock            locked (flock) by the launcher and by the script while either of them runs
 
@@ -48,7 +48,7 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -172,15 +172,19 @@ def check_keys(mapping: object, where: str, required: dict[str, type], optional:
 
 
 def check_settings(job: Job) -> None:
-    """Raises ValueError if the job was finished with another script or other flags than the grid has now."""
-    if not job.frames_finished:
+    """Raises ValueError if the job was begun with another script or other flags than the grid has now.
+
+    Under --resume a script takes settings that are not given from the checkpoint: a flag that has gone from the grid
+    would still be in force.
+    """
+    attempts = read_attempts(job)
+    if not attempts:
         return
-    old = json.loads((job.folder / "finished.json").read_text())["command"]
-    new = replace(job, total_timesteps=job.frames_finished).command  # which alone may differ
-    was, now = ([Path(command[1]).name, *command[2:]] for command in (old, new))
-    if was != now:
+    was, now = ([Path(command[1]).name, *command[2:]] for command in (attempts[-1]["command"], job.command))
+    frames = now.index("--total-timesteps") + 1  # they alone may differ
+    if was[:frames] + was[frames + 1 :] != now[:frames] + now[frames + 1 :]:
         raise ValueError(
-            f"{job.folder} was finished with other settings: '{shlex.join(was)}', the grid says '{shlex.join(now)}'; "
+            f"{job.folder} was begun with other settings: '{shlex.join(was)}', the grid says '{shlex.join(now)}'; "
             "use another --output-dir"
         )
 
@@ -224,13 +228,12 @@ def run_once(job: Job, lock: int, stop: threading.Event) -> int:
     if attempts and attempts[-1]["seconds"] is None:  # its launcher was killed: it lasted until its last sign of life
         last_write = max(path.stat().st_mtime for path in job.folder.rglob("*"))
         attempts[-1]["seconds"] = max(0.0, last_write - attempts[-1]["started"])
-    attempts.append({"started": time.time(), "seconds": None, "exit_status": None, "host": socket.gethostname()})
+    attempts.append({"command": job.command, "started": time.time(), "host": socket.gethostname()})
+    attempts[-1] |= {"seconds": None, "exit_status": None}
     write_json(job.folder / "attempts.json", attempts)
-    (job.folder / "finished.json").unlink(missing_ok=True)  # it was finished with fewer frames
     checkpoint = find_checkpoint(job.folder)
     command = job.command + (["--resume", str(checkpoint)] if checkpoint else [])
-    # One thread per run; a progress bar in a file needs no ten lines a second.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "30"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # one thread per run
     with open(job.folder / "log.txt", "ab") as log:
         log.write(f"\n$ {shlex.join(command)}\n".encode())
         log.flush()
@@ -288,7 +291,7 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def read_attempts(job: Job) -> list[dict]:
-    """The job's attempts.json: started (Unix time), seconds and exit_status (None while it runs), host."""
+    """The job's attempts.json: command, started (Unix time), host, seconds and exit_status (None while it runs)."""
     path = job.folder / "attempts.json"
     return json.loads(path.read_text()) if path.exists() else []
 

@@ -13,7 +13,8 @@ TABLE is scores, aggregate, seeds or cost. Figures are figures/NAME-FIGURE-light
 The score is the team return (on LBF in [0, 1]: nothing is normalised), or the win rate where there is one. A run's
 final score is its mean over the evaluations in the last 10% of frames (4.5M-5M of 5M, as in the paper). Evaluations are
 aligned by their nominal index, floor(frames / evaluation interval). A run is complete if it is finished and has the
-last evaluation that any run of its task has; only complete runs count, the others are drawn as thin lines.
+last evaluation that any run of its task has; only complete runs count. The others are drawn as thin lines, their mean
+pale where a method has no complete run on a task.
 Statistics: Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice" (arXiv 2108.13264).
 """
 
@@ -79,17 +80,24 @@ def collect(output):
         seconds = json.loads(record.read_text())["duration_seconds"] if record.exists() else np.nan
         method, task, seed = folder.relative_to(output).parts
         job = {"method": method, "task": task, "seed": int(seed.removeprefix("seed"))}
-        job |= {"finished": int(record.exists()), "seconds": np.round(seconds)}
-        runs += [table.assign(**job) for table in tables[-1:]]
+        for table in tables[-1:]:
+            finished = record.exists() and not goes_on(table, json.loads(record.read_text())["command"])
+            runs.append(table.assign(**job, finished=int(finished), seconds=np.round(seconds)))
     if not runs:
         raise UserError(f"{output} holds no evaluations (METHOD/TASK/seed1/runs/*/evaluations.csv)")
     return pd.concat(runs, ignore_index=True)
 
 
+def goes_on(table, command):
+    """Has a run that had finished by this command been taken up again, to more frames, and not finished since?"""
+    frames = table["frames"]
+    return frames.max() - int(command[command.index("--total-timesteps") + 1]) >= frames.diff().median()
+
+
 def merge(old, new):
-    """Runs of both tables; of a run in both, the one that reaches further (at a tie the finished one, then the new)."""
+    """Runs of both tables; of a run in both, the one with more evaluations (at a tie: finished, then new)."""
     data = pd.concat([old.assign(new=0), new.assign(new=1)], ignore_index=True)
-    reach = data.groupby([*KEY, "new"], as_index=False)[["frames", "finished"]].max()
+    reach = data.groupby([*KEY, "new"], as_index=False).agg(frames=("frames", "size"), finished=("finished", "max"))
     best = reach.sort_values(["frames", "finished", "new"]).drop_duplicates(KEY, keep="last")
     return data.merge(best[[*KEY, "new"]]).drop(columns="new")
 
@@ -244,8 +252,9 @@ def score_name(data):
 def finished_note(data):
     """How many of the runs are complete, and how long they are."""
     runs = data.groupby(KEY)["complete"].first()
-    frames = sorted(data.groupby("task")["nominal"].max().unique() / 1e6)
-    return f"{runs.sum()} of {len(runs)} runs finished ({', '.join(f'{f:g}M' for f in frames)} frames)."
+    frames = sorted(data[data["complete"]].groupby("task")["nominal"].max().unique() / 1e6)
+    lengths = f" ({', '.join(f'{f:g}M' for f in frames)} frames)" if frames else ""
+    return f"{runs.sum()} of the {len(runs)} runs that were begun have finished{lengths}."
 
 
 def paper_tasks(data):
@@ -301,7 +310,7 @@ def seeds_table(data):
 
 
 def cost_table(data):
-    """Methods: time of the finished runs, one core each."""
+    """Methods: time of the finished runs."""
     runs = data[data["finished"] == 1].groupby(KEY)[["frames", "seconds"]].max()
     methods = [(label(name), runs.xs(name)) for name in ordered(data, "method") if name in runs.index]
     rows = []
@@ -309,8 +318,11 @@ def cost_table(data):
         seconds, frames = group["seconds"].sum(), group["frames"].sum()
         speed = number(frames / seconds, 0)
         rows.append([name, len(group), number(seconds / 3600, 1), number(seconds / 60 / len(group), 0), speed])
-    header = ["method", "finished runs", "core-hours", "minutes per run", "frames/s"]
-    return markdown(header, rows, "Wall-clock time of training and evaluation; every run uses one core.")
+    header = ["method", "finished runs", "hours", "minutes per run", "frames/s"]
+    note = (
+        "Wall-clock time of training and evaluation, one run beside others on shared cores: what it cost, no benchmark."
+    )
+    return markdown(header, rows, note)
 
 
 TABLES = {"scores": scores_table, "aggregate": aggregate_table, "seeds": seeds_table, "cost": cost_table}
@@ -386,16 +398,17 @@ def list_rows(ax, names):
 
 
 def draw_curves(data, look):
-    """Learning curves: every run thin; the mean over complete runs thick (where none is, as far as all runs reach)."""
+    """Learning curves: every run thin, the mean of the complete ones thick (where there is none, of all, and pale)."""
     figure, panels = task_panels(data, 2.7)
     for ax, task in panels:
         for method, line in look.items():
             runs = data[(data["task"] == task) & (data["method"] == method)]
             for _, run in runs.groupby("seed"):
                 ax.plot(run["nominal"] / 1e6, run["score"], lw=0.6, alpha=0.5, **line)
-            chosen = runs["complete"] if runs["complete"].any() else runs["index"] <= runs["last"].min()
-            average = runs[chosen].groupby("nominal")["score"].mean()
-            ax.plot(average.index / 1e6, average, lw=2.2, zorder=3, **line)
+            complete = runs["complete"].any()
+            average = runs[runs["complete"] if complete else runs["index"] <= runs["last"].min()]
+            average = average.groupby("nominal")["score"].mean()
+            ax.plot(average.index / 1e6, average, lw=2.2 if complete else 1.2, alpha=1 if complete else 0.5, **line)
         ax.set(xlim=(0, None), ylim=(0, 1) if data["score"].between(0, 1).all() else None)
     figure.supxlabel("environment frames (millions)", fontsize=11)
     figure.supylabel(score_name(data), fontsize=11)
@@ -539,6 +552,8 @@ def collect_grid(output, grid, experiments):
         tasks = [task["env_id"].replace("/", "_") for task in settings["tasks"]]
         methods = [method["name"] for method in settings["methods"]]
         runs = runs[runs["method"].isin(methods) & runs["task"].isin(tasks)]
+        if runs.empty:
+            raise UserError(f"{output} holds no run of the grid {grid}")
     write(merge(pd.read_csv(path), runs) if path.exists() else runs, path)
 
 

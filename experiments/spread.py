@@ -485,7 +485,9 @@ def main():
         try:
             losses = ppo_update(actor, critic, actor_optimizer, critic_optimizer, *batch, args)
         except UserError as error:
-            raise UserError(f"iteration {iteration}: {error}; the last checkpoint is of frame {saved_step}") from error
+            bar.close()
+            last = f"the last checkpoint is of frame {saved_step}" if saved_step >= 0 else "there is no checkpoint"
+            raise UserError(f"iteration {iteration}: {error}; {last}") from error
 
         # LOG
         losses["explained_variance"] = 1 - (returns - values[:-1]).var() / returns.var()

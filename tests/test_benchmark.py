@@ -85,12 +85,14 @@ def test_the_same_games_for_stock_and_ours():
     masks, choose = [], benchmark.random_actions
     benchmark.random_actions = lambda mask, rng: masks.append(mask.copy()) or choose(mask, rng)
     try:
-        stock, ours = benchmark.smaclite_players(load("mappo_dg_smaclite.py"), "2s3z", False, 30)
+        stock, ours = benchmark.smaclite_players(
+            load("mappo_dg_smaclite.py"), "2s3z", False, 200
+        )  # past the stock player's reset
         stock()
         ours()
     finally:
         benchmark.random_actions = choose
-    assert len(masks) == 60 and all((a == b).all() for a, b in zip(masks[:30], masks[30:]))
+    assert len(masks) == 400 and all((a == b).all() for a, b in zip(masks[:200], masks[200:]))
 
 
 def test_says_on_what_it_was_measured(output):

@@ -41,14 +41,6 @@ def test_collected_episodes(lbf_script):
     assert (rewards[:, early].sum((0, 2)) == pytest.approx(1.0)) and (rewards[:-1].sum(-1)[terminated[1:]] == 0).all()
 
 
-def test_collected_padding_is_zeros():
-    """Of observations and rewards; the actions sampled behind an episode's end are for nobody."""
-    for script in LBF_SCRIPTS:
-        _, (obs, _, _, rewards, _, alive) = rollout(load(script))
-        for name, x in (("obs", obs[1:]), ("rewards", rewards)):
-            assert (x[~alive] == 0).all(), name
-
-
 def test_actions_follow_the_policy():
     """The argmax of log-probabilities and Gumbel noise is a sample."""
     probabilities = torch.tensor([0.05, 0.1, 0.15, 0.2, 0.2, 0.3])

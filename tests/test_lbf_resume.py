@@ -1,7 +1,6 @@
 """The same seed gives the same run, also when it is killed, interrupted or evaluated differently on the way."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -183,7 +182,7 @@ def test_sigkill_and_resume(script, tmp_path):
         process = start(script, *options, cwd=cwd, die_before=kill if isinstance(kill, str) else "")
         if not isinstance(kill, str):
             wait_for_writes(process, cwd, "checkpoint.pt", kill[0])
-            time.sleep(random.uniform(0, 0.1) if kill[1] is None else kill[1])
+            time.sleep(0.05 if kill[1] is None else kill[1])
             process.kill()
         assert process.wait(timeout=240) == -signal.SIGKILL
         folder = run_folder(cwd)

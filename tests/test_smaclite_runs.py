@@ -115,6 +115,8 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     wait_for(lambda: checkpoints(killed)[0].stat().st_mtime_ns != first, process)
     process.kill()
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert torch.load(checkpoints(killed)[0], weights_only=True)["global_step"] < 900
     run(SCRIPTS[0], "--resume", checkpoints(killed)[0], "--num-workers", 1, cwd=killed)
     assert_same(result(whole), result(killed))
 
@@ -137,7 +139,7 @@ def children(process):
 
 
 def test_a_dead_worker_ends_the_run_with_its_checkpoint(tmp_path):
-    """No hang: a clear message, exit status 1, no process left, and the run resumes."""
+    """No hang: a clear message, exit status 1, no process left, and a whole checkpoint."""
     process = start(SCRIPTS[1], *SHORT, "--total-timesteps", 4000, "--checkpoint-interval", 100, cwd=tmp_path)
     wait_for(lambda: checkpoints(tmp_path), process)
     workers = children(process)

@@ -257,7 +257,10 @@ def test_a_smaclite_script_follows_its_lbf_script(smaclite, lbf):
 
 @pytest.mark.parametrize("script", FOLLOWS)
 def test_the_form_of_a_smaclite_script(script):
-    """The LBF scripts' sections and steps, no long line, nothing that is not used."""
+    """The LBF scripts' sections and steps, no long line, nothing that is not used, only what the header names."""
     test_sections(script)
     test_nothing_is_dead(script)
+    tree = ast.parse(source(script))
+    dependencies = {package(requirement) for requirement in re.findall(r'"([a-z][^"]*)"', header(script))}
+    assert set(imports(tree)) - sys.stdlib_module_names - {"wandb"} <= dependencies
     assert max(map(len, source(script).splitlines())) <= 120
