@@ -380,6 +380,8 @@ def task_panels(data, height):
     figure, axes = new_figure(rows, columns, max(6.5, 3.4 * columns), height * rows + 0.4, sharex=True, sharey=True)
     for ax in axes.flat[len(tasks) :]:
         ax.set_visible(False)
+    for ax in axes.flat[len(tasks) - columns : len(tasks)]:  # nothing but the page below them
+        ax.tick_params(labelbottom=True)
     for ax, task in zip(axes.flat, tasks, strict=False):
         ax.set_title(label(task))
     return figure, list(zip(axes.flat, tasks, strict=False))
