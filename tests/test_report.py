@@ -2,7 +2,7 @@
 
 The comparison with rliable is skipped where rliable is not installed. It needs pandas < 3, so run it in a fresh
 environment: `pip install -r experiments/requirements.txt -r tests/requirements-extra.txt pytest`, then
-`pytest tests/test_report.py`.
+`pytest --noconftest tests/test_report.py` (conftest needs torch).
 """
 
 import importlib.util
