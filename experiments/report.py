@@ -8,13 +8,14 @@ Make every figure and every results table in README anew from the committed CSVs
     python experiments/report.py --check                             # exit 1 if a table differs from the CSVs
 
 In README a table goes between the lines `<!-- report:NAME-TABLE begin -->` and `<!-- report:NAME-TABLE end -->`, where
-TABLE is scores, aggregate, seeds or cost. Figures are figures/NAME-FIGURE-light.png (and dark, and svg).
+TABLE is scores, density, aggregate, seeds or cost. Figures are figures/NAME-FIGURE-light.png (and dark, and svg).
 
 The score is the team return (on LBF in [0, 1]: nothing is normalised), or the win rate where there is one. A run's
 final score is its mean over the evaluations in the last 10% of frames (4.5M-5M of 5M, as in the paper). Evaluations are
 aligned by their nominal index, floor(frames / evaluation interval). A run is complete if it is finished and has the
 last evaluation that any run of its task has; only complete runs count. The others are drawn as thin lines, their mean
-pale where a method has no complete run on a task.
+pale where a method has no complete run on a task. The density of a learned graph (edges per agent besides itself) is
+its mean over the iterations since the evaluation before, from TensorBoard.
 Statistics: Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice" (arXiv 2108.13264).
 """
 
@@ -36,6 +37,7 @@ import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 KEY = ["method", "task", "seed"]
 COLUMNS = [*KEY, "frames", "return", "return_std", "episodes", "finished", "seconds"]
@@ -70,17 +72,30 @@ def read_evaluations(path):
     return table
 
 
+def graph_density(folder, frames):
+    """(K,) mean of TensorBoard's graph/density over the iterations up to each of the K evaluations; nan without."""
+    events = {}  # by step, since a resumed run repeats what came after its checkpoint
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        if b"graph/density" in path.read_bytes():
+            scalars = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload().Scalars("graph/density")
+            events |= {event.step: event.value for event in scalars}
+    steps = np.array(sorted(events), dtype=int)
+    values = pd.Series([events[step] for step in steps], dtype=float)
+    return values.groupby(np.searchsorted(frames, steps)).mean().reindex(range(len(frames))).to_numpy()
+
+
 def collect(output):
     """Tidy table of the runs in output/<method>/<task>/seed<k>/; of a job's run folders, the one that got furthest."""
     runs = []
     for folder in sorted(output.glob("*/*/seed[0-9]*")):
-        tables = [read_evaluations(path) for path in sorted(folder.glob("runs/**/evaluations.csv"))]
-        tables = sorted((table for table in tables if len(table)), key=lambda table: table["frames"].max())
+        tables = [(path.parent, read_evaluations(path)) for path in sorted(folder.glob("runs/**/evaluations.csv"))]
+        tables = sorted((pair for pair in tables if len(pair[1])), key=lambda pair: pair[1]["frames"].max())
         record = folder / "finished.json"
         seconds = json.loads(record.read_text())["duration_seconds"] if record.exists() else np.nan
         method, task, seed = folder.relative_to(output).parts
         job = {"method": method, "task": task, "seed": int(seed.removeprefix("seed"))}
-        for table in tables[-1:]:
+        for run_folder, table in tables[-1:]:
+            table["density"] = graph_density(run_folder, table["frames"])
             finished = record.exists() and not goes_on(table, json.loads(record.read_text())["command"])
             runs.append(table.assign(**job, finished=int(finished), seconds=np.round(seconds)))
     if not runs:
@@ -104,8 +119,8 @@ def merge(old, new):
 
 def write(data, path):
     """Writes the tidy CSV, all or nothing, in an order that keeps diffs small."""
-    extra = [name for name in data if re.match("win_rate|return_agent_", name) and data[name].notna().any()]
-    columns = [*COLUMNS, *sorted(extra, key=lambda name: (name != "win_rate", natural(name)))]
+    extra = [name for name in data if re.match("win_rate|density|return_agent_", name) and data[name].notna().any()]
+    columns = [*COLUMNS, *sorted(extra, key=lambda name: (name[:6] == "return", natural(name)))]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     data.sort_values([*KEY, "frames"])[columns].to_csv(temporary, index=False, float_format="%.6g")
@@ -139,15 +154,15 @@ def ordered(data, column):
     return sorted(data[column].unique(), key=lambda x: (known.index(x) if x in known else len(known), natural(x)))
 
 
-def run_means(rows):
+def run_means(rows, column="score"):
     """Mean score of each run over the rows given: {(method, task): Series indexed by seed}."""
-    means = rows.groupby(KEY)["score"].mean()
+    means = rows.groupby(KEY)[column].mean().dropna()
     return {pair: scores.droplevel(["method", "task"]) for pair, scores in means.groupby(["method", "task"])}
 
 
-def final_scores(data):
+def final_scores(data, column="score"):
     """Mean score of each complete run over its evaluations in the last 10% of frames, as `run_means`."""
-    return run_means(data[data["complete"] & (10 * data["index"] >= 9 * data["last"])])
+    return run_means(data[data["complete"] & (10 * data["index"] >= 9 * data["last"])], column)
 
 
 def score_matrices(data, least=2):
@@ -281,6 +296,17 @@ def scores_table(data):
     return markdown(["method", *map(label, tasks)], rows, note + finished_note(data))
 
 
+def density_table(data):
+    """Methods x tasks: mean and standard deviation over seeds of the learned graph's final density."""
+    if "density" not in data:
+        raise UserError("README.md: a density table needs a grid with a learned graph")
+    densities, tasks, rows = final_scores(data, "density"), ordered(data, "task"), []
+    for method in ordered(data[data["density"].notna()], "method"):
+        rows.append([label(method), *(mean_and_std(densities.get((method, task), []), 2) for task in tasks)])
+    note = "Edges per agent besides itself, mean over the last 10% of frames: mean ± standard deviation over seeds."
+    return markdown(["method", *map(label, tasks)], rows, note)
+
+
 def aggregate_table(data):
     """Methods x aggregate metrics with their 95% intervals, with the paper's IQM where it is comparable."""
     rows, paper = [], paper_tasks(data) == ordered(data, "task") == PAPER_TASKS
@@ -325,7 +351,8 @@ def cost_table(data):
     return markdown(header, rows, note)
 
 
-TABLES = {"scores": scores_table, "aggregate": aggregate_table, "seeds": seeds_table, "cost": cost_table}
+TABLES = {"scores": scores_table, "density": density_table, "aggregate": aggregate_table}
+TABLES |= {"seeds": seeds_table, "cost": cost_table}
 
 
 # FIGURES
@@ -399,23 +426,35 @@ def list_rows(ax, names):
     ax.grid(axis="y", visible=False)
 
 
-def draw_curves(data, look):
-    """Learning curves: every run thin, the mean of the complete ones thick (where there is none, of all, and pale)."""
+def draw_curves(data, look, column="score", name=None):
+    """Curves over frames: each run thin, the mean of the complete ones thick (without any: that of all, pale)."""
+    data = data[data[column].notna()]
+    look = {method: line for method, line in look.items() if method in set(data["method"])}
     figure, panels = task_panels(data, 2.7)
     for ax, task in panels:
         for method, line in look.items():
             runs = data[(data["task"] == task) & (data["method"] == method)]
             for _, run in runs.groupby("seed"):
-                ax.plot(run["nominal"] / 1e6, run["score"], lw=0.6, alpha=0.5, **line)
+                ax.plot(run["nominal"] / 1e6, run[column], lw=0.6, alpha=0.5, **line)
             complete = runs["complete"].any()
             average = runs[runs["complete"] if complete else runs["index"] <= runs["last"].min()]
-            average = average.groupby("nominal")["score"].mean()
+            average = average.groupby("nominal")[column].mean()
             ax.plot(average.index / 1e6, average, lw=2.2 if complete else 1.2, alpha=1 if complete else 0.5, **line)
-        ax.set(xlim=(0, None), ylim=(0, 1) if data["score"].between(0, 1).all() else None)
+        ax.set(xlim=(0, None), ylim=(0, 1) if data[column].between(0, 1).all() and not name else None)
     figure.supxlabel("environment frames (millions)", fontsize=11)
-    figure.supylabel(score_name(data), fontsize=11)
+    figure.supylabel(name or score_name(data), fontsize=11)
     add_legend(figure, look)
     return figure
+
+
+def draw_returns(data, look):
+    """Curves of the team return, where the score is the win rate."""
+    return draw_curves(data, look, "return", "team return")
+
+
+def draw_density(data, look):
+    """Curves of the learned graph's density."""
+    return draw_curves(data, look, "density", "edges per agent besides itself")
 
 
 def draw_scores(data, look):
@@ -499,6 +538,10 @@ def draw_improvement(data, look):
 def draw(grid, data, folder):
     """Saves a grid's figures; those over several tasks only if two methods and two tasks can be compared in [0, 1]."""
     figures = {"curves": draw_curves, "scores": draw_scores}
+    if "win_rate" in data:
+        figures["returns"] = draw_returns
+    if "density" in data:
+        figures["density"] = draw_density
     if len(score_matrices(data)) >= 2 and data["task"].nunique() >= 2 and data["score"].between(0, 1).all():
         figures |= {"aggregate": draw_aggregate, "profile": draw_profile}
         figures |= {"efficiency": draw_efficiency, "improvement": draw_improvement}

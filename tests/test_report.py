@@ -170,6 +170,29 @@ def test_collect_a_restarted_run_a_half_row_and_agents_that_differ(tmp_path):
     assert data.return_agent_2.isna().tolist() == [False, False, True, True, True]
 
 
+def test_density_is_the_mean_since_the_evaluation_before(tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="needs torch")
+    folder = write_run(tmp_path / "output", "mappo_dg", TASK, 1, np.zeros(11), seconds=5) / "runs/run"
+    write_run(tmp_path / "output", "mappo_local", TASK, 1, np.zeros(11), seconds=5)
+    frames = pd.read_csv(folder / "evaluations.csv").global_step
+    for first, value in (
+        (0, 0.25),
+        (6, 0.75),
+    ):  # killed after the 7th interval, resumed from a checkpoint after the 6th
+        with tensorboard.SummaryWriter(folder, filename_suffix=f".{first}") as writer:
+            writer.add_scalar("charts/SPS", 1, 1)
+            for k in range(first, 10 if first else 7):
+                writer.add_scalar("graph/density", value - 0.25, frames[k] + 500)
+                writer.add_scalar("graph/density", value + 0.25, frames[k + 1])
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    data = pd.read_csv(tmp_path / "experiments/results/g.csv")
+    assert data[data.method == "mappo_dg"].density.round(6).tolist()[1:] == [0.25] * 6 + [0.75] * 4
+    assert data.density.isna().sum() == 1 + 11  # nothing before the first iteration; no graph
+    assert table_of(tmp_path, "g-density")[2:] == [["MAPPO-DG", "0.75"]]
+    with pytest.raises(report.UserError, match="learned graph"):
+        report.density_table(data.drop(columns="density"))
+
+
 def test_collect_takes_only_the_grids_methods_and_tasks(tmp_path):
     for method, task in (("mappo_dg", "a"), ("mappo_dg", "b"), ("mappo_dg_c0", "a")):
         write_run(tmp_path / "output", method, task, 1, [0, 0.5], agents=2 if task == "a" else 3)
@@ -296,6 +319,9 @@ def test_win_rate_is_the_score_where_there_is_one(tmp_path):
     path.write_text("\n".join(line.replace(",0.5,0.25", ",12,3", 1) for line in path.read_text().splitlines()) + "\n")
     run(tmp_path, collect=tmp_path / "output", grid="g")
     assert table_of(tmp_path, "g-scores")[2] == ["m", "0.50 (1)"]
+    assert (
+        report.draw_returns(report.load(tmp_path / "experiments/results/g.csv"), {"m": {}}).axes[0].get_ylim()[1] > 11
+    )
 
 
 # README
