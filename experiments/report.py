@@ -440,7 +440,9 @@ def draw_curves(data, look, column="score", name=None):
             average = runs[runs["complete"] if complete else runs["index"] <= runs["last"].min()]
             average = average.groupby("nominal")[column].mean()
             ax.plot(average.index / 1e6, average, lw=2.2 if complete else 1.2, alpha=1 if complete else 0.5, **line)
-        ax.set(xlim=(0, None), ylim=(0, 1) if data[column].between(0, 1).all() and not name else None)
+    ax.set_xlim(0)  # shared, hence after the last panel: limits end the autoscaling of all
+    if data[column].min() >= 0:
+        ax.set_ylim(0, 1 if column == "score" and data[column].max() <= 1 else None)
     figure.supxlabel("environment frames (millions)", fontsize=11)
     figure.supylabel(name or score_name(data), fontsize=11)
     add_legend(figure, look)

@@ -365,6 +365,14 @@ def test_every_figure_is_drawn_for_light_and_dark_pages(root):
     assert names == {f"small-{f}-{theme}.{ext}" for f in figures for theme in report.THEMES for ext in ("png", "svg")}
 
 
+def test_every_panel_shows_all_of_its_curves(tmp_path):
+    write_run(tmp_path / "output", "m", "star-1", 1, np.arange(11), seconds=5)
+    write_run(tmp_path / "output", "m", "star-2", 1, 3 * np.arange(31), seconds=5)
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    for ax in report.draw_curves(report.load(tmp_path / "experiments/results/g.csv"), {"m": {}}).axes:
+        assert ax.get_xlim()[1] >= 1.5 and ax.get_ylim()[1] >= 90
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
