@@ -8,17 +8,19 @@ Make every figure and every results table in README anew from the committed CSVs
     python experiments/report.py --check                             # exit 1 if a table differs from the CSVs
 
 In README a table goes between the lines `<!-- report:NAME-TABLE begin -->` and `<!-- report:NAME-TABLE end -->`, where
-TABLE is scores, density, aggregate, seeds or cost. Figures are figures/NAME-FIGURE-light.png (and dark, and svg).
+TABLE is scores, aggregate, seeds, cost, returns, training or density. Figures are figures/NAME-FIGURE-light.png (and
+dark, and svg).
 
 The score is the team return (on LBF in [0, 1]: nothing is normalised), or the win rate where there is one. A run's
 final score is its mean over the evaluations in the last 10% of frames (4.5M-5M of 5M, as in the paper). Evaluations are
 aligned by their nominal index, floor(frames / evaluation interval). A run is complete if it is finished and has the
 last evaluation that any run of its task has; only complete runs count. The others are drawn as thin lines, their mean
-pale where a method has no complete run on a task. The density of a learned graph (edges per agent besides itself) is
-its mean over the iterations since the evaluation before, from TensorBoard.
+pale where a method has no complete run on a task. The density of a learned graph (edges per agent besides itself) and
+the win rate of the games of training are means over the iterations since the evaluation before, from TensorBoard.
 Statistics: Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice" (arXiv 2108.13264).
 """
 
+import functools
 import io
 import itertools
 import json
@@ -40,6 +42,7 @@ from matplotlib.lines import Line2D
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 KEY = ["method", "task", "seed"]
+SCALARS = {"graph/density": "density", "charts/win_rate": "train_win_rate"}
 COLUMNS = [*KEY, "frames", "return", "return_std", "episodes", "finished", "seconds"]
 # The paper's LBF results (arXiv 2601.21523), read off its figures (about +-0.01): its name of a method, the IQM of the
 # team return at 5M frames over the six tasks [95% interval, where it is legible], the mean over 4.5M-5M on each task.
@@ -72,16 +75,20 @@ def read_evaluations(path):
     return table
 
 
-def graph_density(folder, frames):
-    """(K,) mean of TensorBoard's graph/density over the iterations up to each of the K evaluations; nan without."""
-    events = {}  # by step, since a resumed run repeats what came after its checkpoint
+def means_between(folder, frames):
+    """{column: (K,) mean of a TensorBoard scalar over the iterations up to each of the K evaluations, or nan}."""
+    events = {tag: {} for tag in SCALARS}  # by step, since a resumed run repeats what came after its checkpoint
     for path in sorted(folder.glob("events.out.tfevents.*")):
-        if b"graph/density" in path.read_bytes():
-            scalars = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload().Scalars("graph/density")
-            events |= {event.step: event.value for event in scalars}
-    steps = np.array(sorted(events), dtype=int)
-    values = pd.Series([events[step] for step in steps], dtype=float)
-    return values.groupby(np.searchsorted(frames, steps)).mean().reindex(range(len(frames))).to_numpy()
+        content = path.read_bytes()
+        if any(tag.encode() in content for tag in SCALARS):
+            reader = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+            for tag in set(SCALARS) & set(reader.Tags()["scalars"]):
+                events[tag] |= {event.step: event.value for event in reader.Scalars(tag)}
+    means = {}
+    for tag, column in SCALARS.items():
+        values = pd.Series(events[tag], dtype=float).sort_index()
+        means[column] = values.groupby(np.searchsorted(frames, values.index)).mean().reindex(range(len(frames)))
+    return means
 
 
 def collect(output):
@@ -95,9 +102,9 @@ def collect(output):
         method, task, seed = folder.relative_to(output).parts
         job = {"method": method, "task": task, "seed": int(seed.removeprefix("seed"))}
         for run_folder, table in tables[-1:]:
-            table["density"] = graph_density(run_folder, table["frames"])
             finished = record.exists() and not goes_on(table, json.loads(record.read_text())["command"])
-            runs.append(table.assign(**job, finished=int(finished), seconds=np.round(seconds)))
+            means = means_between(run_folder, table["frames"])
+            runs.append(table.assign(**job, finished=int(finished), seconds=np.round(seconds), **means))
     if not runs:
         raise UserError(f"{output} holds no evaluations (METHOD/TASK/seed1/runs/*/evaluations.csv)")
     return pd.concat(runs, ignore_index=True)
@@ -119,7 +126,11 @@ def merge(old, new):
 
 def write(data, path):
     """Writes the tidy CSV, all or nothing, in an order that keeps diffs small."""
-    extra = [name for name in data if re.match("win_rate|density|return_agent_", name) and data[name].notna().any()]
+    extra = [
+        name
+        for name in data
+        if re.match("win_rate|train_win_rate|density|return_agent_", name) and data[name].notna().any()
+    ]
     columns = [*COLUMNS, *sorted(extra, key=lambda name: (name[:6] == "return", natural(name)))]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -296,14 +307,23 @@ def scores_table(data):
     return markdown(["method", *map(label, tasks)], rows, note + finished_note(data))
 
 
-def density_table(data):
-    """Methods x tasks: mean and standard deviation over seeds of the learned graph's final density."""
-    if "density" not in data:
-        raise UserError("README.md: a density table needs a grid with a learned graph")
-    densities, tasks, rows = final_scores(data, "density"), ordered(data, "task"), []
-    for method in ordered(data[data["density"].notna()], "method"):
-        rows.append([label(method), *(mean_and_std(densities.get((method, task), []), 2) for task in tasks)])
-    note = "Edges per agent besides itself, mean over the last 10% of frames: mean ± standard deviation over seeds."
+# What else a run has over its frames: figure and table NAME-KEY -> (column of the CSV, what it is)
+CURVES = {
+    "returns": ("return", "team return"),
+    "training": ("train_win_rate", "win rate in training"),
+    "density": ("density", "edges per agent besides itself"),
+}
+
+
+def curve_table(data, key):
+    """Methods x tasks: mean and standard deviation over seeds of the final value of one of CURVES."""
+    column, name = CURVES[key]
+    if column not in data:
+        raise UserError(f"README.md: the grid of a table *-{key} has no {column}")
+    values, tasks, rows = final_scores(data, column), ordered(data, "task"), []
+    for method in ordered(data[data[column].notna()], "method"):
+        rows.append([label(method), *(mean_and_std(values.get((method, task), []), 2) for task in tasks)])
+    note = f"{name.capitalize()}, mean over the last 10% of frames: mean ± standard deviation over seeds."
     return markdown(["method", *map(label, tasks)], rows, note)
 
 
@@ -351,8 +371,8 @@ def cost_table(data):
     return markdown(header, rows, note)
 
 
-TABLES = {"scores": scores_table, "density": density_table, "aggregate": aggregate_table}
-TABLES |= {"seeds": seeds_table, "cost": cost_table}
+TABLES = {"scores": scores_table, "aggregate": aggregate_table, "seeds": seeds_table, "cost": cost_table}
+TABLES |= {key: functools.partial(curve_table, key=key) for key in CURVES}
 
 
 # FIGURES
@@ -442,21 +462,11 @@ def draw_curves(data, look, column="score", name=None):
             ax.plot(average.index / 1e6, average, lw=2.2 if complete else 1.2, alpha=1 if complete else 0.5, **line)
     ax.set_xlim(0)  # shared, hence after the last panel: limits end the autoscaling of all
     if data[column].min() >= 0:
-        ax.set_ylim(0, 1 if column == "score" and data[column].max() <= 1 else None)
+        ax.set_ylim(0, 1 if column in ("score", "train_win_rate") and data[column].max() <= 1 else None)
     figure.supxlabel("environment frames (millions)", fontsize=11)
     figure.supylabel(name or score_name(data), fontsize=11)
     add_legend(figure, look)
     return figure
-
-
-def draw_returns(data, look):
-    """Curves of the team return, where the score is the win rate."""
-    return draw_curves(data, look, "return", "team return")
-
-
-def draw_density(data, look):
-    """Curves of the learned graph's density."""
-    return draw_curves(data, look, "density", "edges per agent besides itself")
 
 
 def draw_scores(data, look):
@@ -540,10 +550,9 @@ def draw_improvement(data, look):
 def draw(grid, data, folder):
     """Saves a grid's figures; those over several tasks only if two methods and two tasks can be compared in [0, 1]."""
     figures = {"curves": draw_curves, "scores": draw_scores}
-    if "win_rate" in data:
-        figures["returns"] = draw_returns
-    if "density" in data:
-        figures["density"] = draw_density
+    for key, (column, name) in CURVES.items():
+        if column in data and ("win_rate" in data or column != "return"):  # otherwise the return is the score
+            figures[key] = functools.partial(draw_curves, column=column, name=name)
     if len(score_matrices(data)) >= 2 and data["task"].nunique() >= 2 and data["score"].between(0, 1).all():
         figures |= {"aggregate": draw_aggregate, "profile": draw_profile}
         figures |= {"efficiency": draw_efficiency, "improvement": draw_improvement}

@@ -184,13 +184,16 @@ def test_density_is_the_mean_since_the_evaluation_before(tmp_path):
             for k in range(first, 10 if first else 7):
                 writer.add_scalar("graph/density", value - 0.25, frames[k] + 500)
                 writer.add_scalar("graph/density", value + 0.25, frames[k + 1])
+                writer.add_scalar("charts/win_rate", k / 10, frames[k + 1])
     run(tmp_path, collect=tmp_path / "output", grid="g")
     data = pd.read_csv(tmp_path / "experiments/results/g.csv")
     assert data[data.method == "mappo_dg"].density.round(6).tolist()[1:] == [0.25] * 6 + [0.75] * 4
+    assert data[data.method == "mappo_dg"].train_win_rate.tolist()[1:] == [k / 10 for k in range(10)]
     assert data.density.isna().sum() == 1 + 11  # nothing before the first iteration; no graph
     assert table_of(tmp_path, "g-density")[2:] == [["MAPPO-DG", "0.75"]]
-    with pytest.raises(report.UserError, match="learned graph"):
-        report.density_table(data.drop(columns="density"))
+    assert table_of(tmp_path, "g-training")[2:] == [["MAPPO-DG", "0.85"]]
+    with pytest.raises(report.UserError, match="has no density"):
+        report.curve_table(data.drop(columns="density"), "density")
 
 
 def test_collect_takes_only_the_grids_methods_and_tasks(tmp_path):
@@ -319,9 +322,10 @@ def test_win_rate_is_the_score_where_there_is_one(tmp_path):
     path.write_text("\n".join(line.replace(",0.5,0.25", ",12,3", 1) for line in path.read_text().splitlines()) + "\n")
     run(tmp_path, collect=tmp_path / "output", grid="g")
     assert table_of(tmp_path, "g-scores")[2] == ["m", "0.50 (1)"]
-    assert (
-        report.draw_returns(report.load(tmp_path / "experiments/results/g.csv"), {"m": {}}).axes[0].get_ylim()[1] > 11
-    )
+    assert table_of(tmp_path, "g-returns")[2] == ["m", "12.00"]
+    data = report.load(tmp_path / "experiments/results/g.csv")
+    assert report.draw_curves(data, {"m": {}}).axes[0].get_ylim() == (0, 1)
+    assert report.draw_curves(data, {"m": {}}, "return", "team return").axes[0].get_ylim()[1] > 11
 
 
 # README
