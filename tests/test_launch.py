@@ -238,7 +238,7 @@ def test_shipped_grid(path, tmp_path):
     for job in launch.read_grid(path, tmp_path):
         vanilla = "Foraging" in job.env_id and "coop" not in job.env_id
         assert ("--no-winner-take-all" in job.flags) == vanilla
-        for flag in re.findall(r"--(?:no-)?([a-z-]+)", " ".join(job.flags)):
+        for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]*)", " ".join(job.flags)):
             assert f"\n    {flag.replace('-', '_')}: " in job.script.read_text(), f"{job.script.name} has no --{flag}"
 
 
