@@ -296,12 +296,14 @@ def draw_adjacency(episode, theme):
         ax.plot(t, row, "o", ms=4, mfc="white", mec="black", mew=0.7)
     row, t = np.nonzero(np.stack([episode.oracle[:, i, j] for i, j in pairs]))
     ax.hlines(row + 0.42, t - 0.5, t + 0.5, color="#D55E00", lw=3)
+    above = np.cumsum(episode.rewards != 0, axis=1)  # rewards of one step stand one above the other
     for t, i in np.argwhere(episode.rewards):
-        ax.text(t, -0.65, f"{episode.rewards[t, i]:+.2f}", color=hues[i], ha="center", weight="bold", fontsize=9)
+        number = {"text": f"{episode.rewards[t, i]:+.2f}", "color": hues[i], "weight": "bold", "fontsize": 9}
+        ax.annotate(xy=(t, -0.5), xytext=(0, 12 * above[t, i] - 9), textcoords="offset points", ha="center", **number)
     ax.set(xlim=(-0.5, T - 0.5), ylim=(len(pairs) - 0.5, -0.5), xlabel="step")
     ax.set(yticks=range(len(pairs)), yticklabels=[f"{i} → {j}" for i, j in pairs])
     dots = f"dot: learned edge (ratio below c = {episode.c:g}); " if episode.graph is not None else ""
-    ax.set_title(f"{episode.title}\n{dots}line: oracle's edge; number: reward\n")
+    ax.set_title(f"{episode.title}\n{dots}line: oracle's edge; number: reward", pad=6 + 12 * above.max())
     return figure
 
 

@@ -161,6 +161,37 @@ def test_a_short_run(tmp_path, algorithm, credit):
     assert all(value == pytest.approx(1, abs=1e-4) for _, value in logged["losses/first_ratio"])
 
 
+@pytest.mark.parametrize("credit", ["dg", "local", "global"])
+def test_what_each_credit_trains_on(tmp_path, monkeypatch, credit):
+    """The rewards that `main` gives to gae, the graph, and whose advantages reach ppo_update."""
+    calls = {}
+
+    def spied(name):
+        function = getattr(spread, name)
+
+        def spy(*inputs, **settings):
+            output = function(*inputs, **settings)
+            if name not in calls or "gae" not in calls:  # of the first iteration: evaluate, too, calls collect
+                calls[name] = inputs, output
+            return output
+
+        monkeypatch.setattr(spread, name, spy)
+
+    for name in ("collect", "gae", "multi_agent_gae", "ppo_update"):
+        spied(name)
+    method = "--credit", credit, "--no-norm-reward", "--env-id", "star-spread-3"
+    assert run_inside(spread, *options(*method), cwd=tmp_path).returncode == 0
+    raw = calls["collect"][1][3]  # (T, E, N)
+    team = raw.sum(-1, keepdim=True).expand_as(raw)
+    assert torch.equal(calls["gae"][0][0], team if credit == "global" else raw)
+    source = "multi_agent_gae" if credit == "dg" else "gae"
+    assert torch.equal(calls["ppo_update"][0][7], calls[source][1].flatten(0, 1))
+    values = calls["gae"][0][1][:-1]
+    assert torch.equal(calls["ppo_update"][0][8], (calls["gae"][1] + values).flatten(0, 1))  # the critic's target
+    if credit == "dg":
+        assert torch.equal(calls[source][0][4], spread.known_graph(3).expand(*raw.shape, 3))
+
+
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()

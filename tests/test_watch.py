@@ -54,14 +54,15 @@ def episode():
 
 
 def arrows(episode, t):
-    """What draw_board draws at step t: (thick arrows, dotted ones) as {(start, end): opacity}, (column, row) each."""
+    """What draw_board draws at step t: (thick arrows, dotted ones) as {(start, end): look}, (column, row) each."""
     figure, ((ax,),) = watch.new_figure(1, 1, 4, 4)
     watch.draw_board(ax, episode, t, "light")
     found = [patch for patch in ax.patches if isinstance(patch, FancyArrowPatch)]
     ends = {True: {}, False: {}}
     for patch in found:
         start, end = ((int(x), int(y)) for x, y in patch._posA_posB)
-        ends[patch.get_linewidth() > 2][start, end] = patch.get_alpha(), to_rgb(patch.get_edgecolor())
+        heads = patch.get_arrowstyle().arrow  # "-|>": at the end
+        ends[patch.get_linewidth() > 2][start, end] = patch.get_alpha(), to_rgb(patch.get_edgecolor()), heads
     return ends[True], ends[False]
 
 
@@ -74,9 +75,39 @@ def test_edges_between_leaves_out_the_diagonal_and_keeps_the_direction(episode):
 def test_arrows_go_from_influencer_to_influenced_and_fade_with_the_entropy_ratio(episode):
     learned, oracle = arrows(episode, 1)
     cells, hues = [(0, 0), (3, 0), (5, 5)], [to_rgb(hue) for hue in watch.colours("light", 3)]
-    assert learned == {(cells[0], cells[1]): (1.0, hues[0]), (cells[2], cells[1]): (pytest.approx(0.4), hues[2])}
-    assert set(oracle) == {(cells[0], cells[1]), (cells[1], cells[2])}  # 0 <-> 1 is one line with two heads
+    forward = "-|>"  # the head is at the influenced agent
+    assert learned == {
+        (cells[0], cells[1]): (1.0, hues[0], forward),
+        (cells[2], cells[1]): (pytest.approx(0.4), hues[2], forward),
+    }
+    heads = {ends: look[-1] for ends, look in oracle.items()}  # 0 <-> 1 is one line with two heads
+    assert heads == {(cells[0], cells[1]): "<|-|>", (cells[1], cells[2]): forward}
     assert arrows(episode, 0) == arrows(episode, 3) == ({}, {})
+
+
+def test_the_adjacency_figure_has_a_row_for_each_ordered_pair(episode):
+    episode.rewards[1, 2] = 0.25  # a second reward in the same step
+    ax = watch.draw_adjacency(episode, "light").axes[0]
+    rows = {round(y): label.get_text() for y, label in zip(ax.get_yticks(), ax.get_yticklabels())}
+    dots = {(rows[round(y)], round(t)) for t, y in zip(*ax.lines[0].get_data())}
+    assert dots == {("0 → 1", 1), ("2 → 1", 1)}
+    (oracle,) = ax.collections
+    lines = {(rows[int(segment[0, 1])], segment[:, 0].mean()) for segment in oracle.get_segments()}
+    assert lines == {("0 → 1", 1), ("1 → 0", 1), ("1 → 2", 1)}
+    ratios = dict(zip(rows.values(), ax.images[0].get_array()[:, 1]))
+    assert (ratios["0 → 1"], ratios["2 → 1"], ratios["1 → 0"]) == (0, 0.6, 1)
+    ax.figure.draw_without_rendering()
+    numbers = {text.get_text(): text.get_window_extent() for text in ax.texts}
+    assert set(numbers) == {"+0.50", "+0.25"} and not numbers["+0.50"].overlaps(numbers["+0.25"])
+
+
+def test_the_meeting_times_have_influencers_as_rows(episode):
+    for ax, graph in zip(watch.draw_meeting_times(episode, "light").axes, (episode.graph, episode.oracle)):
+        assert (ax.get_ylabel(), ax.get_xlabel()) == ("influencer i", "influenced j")
+        shown = {text.get_position()[::-1]: text.get_text() for text in ax.texts}  # (x, y) = (j, i)
+        # all of this episode's edges are of step 1, so no pair meets earlier or by way of a third
+        assert shown == {(i, j): "0" if i == j else "1" if graph[1, i, j] else "never" for i, j in shown}
+        assert len(shown) == 9
 
 
 def test_moments_are_the_steps_with_rewards_then_an_even_choice():
