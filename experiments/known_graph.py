@@ -1,7 +1,7 @@
 """How good is the learned dependence graph? A small world in which the true one is known.
 
-    python experiments/known_graph.py                  # every run -> results/known_graph.csv, figures/known_graph-*
-    python experiments/known_graph.py --figure-only    # figure and README's table again, from the CSV
+    python experiments/known_graph.py                  # the runs that results/known_graph.csv lacks, figures, table
+    python experiments/known_graph.py --figure-only    # figure and table again, from the CSV (report.py does so, too)
 
 The world: N agents sit on a ring. Agent i has a dial x^i in {0, 1, 2, 3} and a flag f^i in {0, 1}, and chooses one of
 four actions. It reaches its right neighbour j = i + 1 iff f^i = 1 and f^j = 0, so nobody is reached by two others.
@@ -25,8 +25,9 @@ is itself reached. So H(a^i | o^j, o'^j, o^i) is 0 for three quarters of all pai
     own       own features only, not encoded: what a perfect encoder would leave
 
 Each iteration takes new data from a fixed policy (random, or trained by PPO on the true graph's advantages) and makes
-one step of mappo_dg_lbf.py's own models. So that N = 2..50 cost about the same, an iteration has at most 5000 pairs
-(i, j), and at most 500 steps; `frames` in the CSV counts the steps. All measures are of held-out data, pairs i != j.
+one step of mappo_dg_lbf.py's own models. An iteration has at most 5000 pairs (i, j) and at most 500 steps, of which
+there are the fewer the more agents: compare by `frames`, the number of steps so far. All measures are of held-out data,
+pairs i != j.
 """
 
 import itertools
@@ -36,13 +37,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
 import tyro
-from matplotlib.lines import Line2D
-from report import THEMES, UserError, new_figure, style
+from known_graph_figure import OBSERVATIONS, draw, table
+from plotting import save
+from report import UserError
 from scipy.stats import rankdata
 from watch import load_script
 
@@ -50,8 +51,7 @@ dg = load_script("mappo_dg_lbf")
 DIAL = 4  # positions of a dial, and actions
 PAIRS, STEPS, HORIZON = 5000, 500, 20  # largest batch of an iteration in pairs and in steps; steps of an episode
 THRESHOLDS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
-ITERATIONS = {2: 160, 5: 400, 10: 400, 20: 800, 50: 400}  # by N
-OBSERVATIONS = ["encoder", "raw", "own"]
+ITERATIONS = {2: 160, 5: 400, 10: 800, 20: 2400, 50: 6000}  # by N: 80k, 80k, 32k, 28.8k and 12k frames
 
 
 # WORLD
@@ -233,9 +233,18 @@ def plan(seeds):
     """(world, policy, N, observation, seed) of every run."""
     runs = [("action-driven", "random", N, view) for N in ITERATIONS for view in OBSERVATIONS]
     runs += [("action-driven", "trained", 5, view) for view in OBSERVATIONS]
-    runs += [("state-driven", "random", 5, view) for view in ("encoder", "own")]
-    runs += [("unseen", "random", 5, view) for view in ("encoder", "raw")]
-    return [(*run, seed) for seed in range(1, seeds + 1) for run in runs]
+    runs += [(world, "random", 5, view) for world in ("state-driven", "unseen") for view in OBSERVATIONS]
+    runs += [("action-driven", "trained", 2, view) for view in OBSERVATIONS]
+    runs += [(world, "random", 2, view) for world in ("state-driven", "unseen") for view in OBSERVATIONS]
+    return [(*run, seed) for seed in range(1, seeds + 1) for run in runs if seed == 1 or run[2] < 50]  # 50 takes long
+
+
+def finished_runs(path):
+    """{(world, policy, N, observation, seed): rows of the CSV} of the runs that are as long as ITERATIONS says."""
+    if not path.exists():
+        return {}
+    runs = pd.read_csv(path).groupby(["world", "policy", "agents", "observation", "seed"])
+    return {run: rows for run, rows in runs if rows["iteration"].max() == ITERATIONS.get(run[2])}
 
 
 QUICK = [("action-driven", "random", 2, view, 1) for view in OBSERVATIONS]
@@ -243,89 +252,7 @@ QUICK += [("action-driven", "trained", 2, "own", 1), ("state-driven", "random", 
 QUICK += [("unseen", "random", 3, "encoder", 1)]
 
 
-# FIGURE
-def last(data, **where):
-    """The rows at the end of the runs that match, averaged over seeds for each observation, N, subset and c."""
-    for name, value in where.items():
-        data = data[data[name] == value]
-    data = data[data["iteration"] == data.groupby("agents")["iteration"].transform("max")]
-    return data.groupby(["observation", "agents", "subset", "c"], as_index=False).mean(numeric_only=True)
-
-
-def table(data):
-    """README's table: precision, recall and AUC at c = 0.9 at the end of the runs, mean over seeds, as Markdown."""
-    lines = [
-        f"| world, policy | N | true edges | {' | '.join(OBSERVATIONS)} |",
-        "| --- " * (3 + len(OBSERVATIONS)) + "|",
-    ]
-    data = data[(data["subset"] == "all") & (data["c"] == 0.9)]
-    for world, policy in data[["world", "policy"]].drop_duplicates().itertuples(index=False):
-        rows = last(data, world=world, policy=policy).set_index(["agents", "observation"])
-        for N in rows.index.unique("agents"):
-            density, cells = rows.loc[N, "true_density"].mean(), []
-            for view in OBSERVATIONS:
-                found = rows.loc[(N, view), ["precision", "recall", "auc"]] if (N, view) in rows.index else []
-                cells.append(" / ".join("-" if np.isnan(x) else f"{x:.2f}" for x in found) or "not run")
-            lines.append(f"| {world}, {policy} | {N} | {100 * density:.1f} % | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def draw(data, theme):
-    """Six panels; colour is what the models see, solid lines are precision, dashed ones recall, dotted ones chance."""
-    text, hues = THEMES[theme][1], dict(zip(OBSERVATIONS, THEMES[theme][3:]))
-    figure, axes = new_figure(2, 3, 10.2, 6.4)
-    by_size, by_data, by_subset, *by_c = axes.flat
-    everything = data[data["subset"] == "all"]
-    action = everything[(everything["world"] == "action-driven") & (everything["policy"] == "random")]
-
-    at_c = last(action, c=0.9)
-    for view, rows in at_c.groupby("observation"):
-        by_size.plot(rows["agents"], rows["precision"], "o-", color=hues[view], ms=4)
-        by_size.plot(rows["agents"], rows["recall"], "s--", color=hues[view], ms=4)
-    chance = at_c.groupby("agents")["true_density"].mean()
-    by_size.plot(chance.index, chance, ":", color=text)
-    sizes = chance.index.tolist()
-    frames = at_c.groupby("agents")["frames"].mean() / 1000
-    labels = [f"{N}\n{frames[N]:g}k" for N in sizes]
-    by_size.set(xscale="log", xticks=sizes, xticklabels=labels, xlabel="agents N, frames of data", ylim=(-0.03, 1.03))
-    by_size.minorticks_off()
-    by_size.set_title("precision and recall at c = 0.9")
-
-    for (view, N), rows in action[action["c"] == 0.9].groupby(["observation", "agents"]):
-        if view != "raw":
-            curve = rows.groupby("iteration")["auc"].mean()
-            by_data.plot(curve.index, curve, color=hues[view], lw=1.2)
-            by_data.annotate(
-                N, (curve.index[-1], curve.iloc[-1]), (3, 0), textcoords="offset points", fontsize=8, va="center"
-            )
-    by_data.axhline(0.5, ls=":", color=text)
-    by_data.set(xscale="log", xlabel="iterations", ylim=(0.4, 1.02))
-    by_data.set_title("AUC by amount of data, for each N (no raw)")
-
-    subsets = ["seen", "enters", "leaves", "unseen"]
-    for k, (view, rows) in enumerate(last(data, world="unseen", c=0.9).groupby("observation")):
-        rates = rows.set_index("subset")["spurious_rate"].reindex(subsets)
-        by_subset.bar(np.arange(len(subsets)) + 0.36 * (k - 0.5), rates, 0.34, color=hues[view])
-    by_subset.set(xticks=range(4), xticklabels=subsets, xlabel="i in the view of j", ylim=(0, 1.03))
-    by_subset.set_title("unseen: share of non-edges drawn")
-
-    curves = {"random policy": ("action-driven", "random"), "trained policy": ("action-driven", "trained")}
-    curves |= {"state-driven": ("state-driven", "random")}
-    for ax, (title, (world, policy)) in zip(by_c, curves.items()):
-        rows = last(everything, world=world, policy=policy)
-        N = 5 if 5 in rows["agents"].to_numpy() else rows["agents"].max()
-        for view, line in rows[rows["agents"] == N].groupby("observation"):
-            ax.plot(line["c"], line["precision"], "-", color=hues[view])
-            ax.plot(line["c"], line["recall"], "--", color=hues[view])
-        ax.axhline(rows.loc[rows["agents"] == N, "true_density"].mean(), ls=":", color=text)
-        ax.set(xlabel="threshold c", ylim=(-0.03, 1.03), title=f"{title}, N = {N}")
-    handles = [Line2D([], [], color=hues[view], lw=2.2, label=view) for view in OBSERVATIONS]
-    marks = {"precision": "-", "recall": "--", "chance": ":"}
-    handles += [Line2D([], [], color=text, ls=dash, label=name) for name, dash in marks.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=6)
-    return figure
-
-
+# MAIN
 @dataclass
 class Args:
     quick: bool = False
@@ -345,26 +272,25 @@ def main(args):
     if args.quick and args.output == Args.output:
         raise UserError("--quick needs --output: its few runs must not replace the committed ones")
     torch.set_num_threads(1)
-    path, figures = args.output / "results" / "known_graph.csv", args.output / "figures"
+    path = args.output / "results" / "known_graph.csv"
     if not args.figure_only:
-        partial = path.with_suffix(".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows, runs, start = [], QUICK if args.quick else plan(args.seeds), time.time()
-        for k, run in enumerate(runs, 1):
-            rows += train(*run, *((100, 20) if args.quick else (ITERATIONS[run[2]],)))
-            pd.DataFrame(rows).to_csv(partial, index=False, float_format="%.3g")
-            print(f"{k}/{len(runs)} {' '.join(map(str, run))} AUC {rows[-1]['auc']:.2f} ({time.time() - start:.0f} s)")
-        os.replace(partial, path)
+        runs, start = QUICK if args.quick else plan(args.seeds), time.time()
+        done = {run: rows for run, rows in finished_runs(path).items() if run in runs}
+        for run in runs:
+            if run in done:
+                continue
+            done[run] = pd.DataFrame(train(*run, *((100, 20) if args.quick else (ITERATIONS[run[2]],))))
+            rows = pd.concat([done[run] for run in runs if run in done])
+            rows.to_csv(path.with_suffix(".partial"), index=False, float_format="%.3g")
+            os.replace(path.with_suffix(".partial"), path)
+            auc = done[run]["auc"].iloc[-1]
+            print(f"{len(done)}/{len(runs)} {' '.join(map(str, run))} AUC {auc:.2f} ({time.time() - start:.0f} s)")
     if not path.exists():
         raise UserError(f"{path} does not exist: run without --figure-only first")
     data = pd.read_csv(path)
     print(table(data))
-    figures.mkdir(parents=True, exist_ok=True)
-    for theme in THEMES:
-        with mpl.rc_context(style(theme)):
-            figure = draw(data, theme)
-            figure.savefig(figures / f"known_graph-{theme}.png", dpi=150, metadata={"Software": None})
-            figure.savefig(figures / f"known_graph-{theme}.svg", metadata={"Date": None})
+    save(lambda theme: draw(data, theme), args.output / "figures", "known_graph")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ A grid file (YAML); every `flags` is optional and is what one would type on the 
          only_tasks: [Foraging-8x8-2p-4f-coop-v3]}                     # optional: not on the other tasks
     tasks:
       - {env_id: Foraging-8x8-2p-4f-coop-v3}
-      - {env_id: Foraging-10x10-3p-3f-v3, flags: --no-winner-take-all, seeds: [1, 2]}   # optional: its own seeds
+      - {env_id: Foraging-10x10-3p-3f-v3, flags: --no-winner-take-all, seeds: [1, 2],
+         total_timesteps: 1000000}                                     # optional: seeds and frames of its own
 
 The order is seed by seed: all methods and tasks of the first seed, then the second. Each run ("job") has a folder
 OUTPUT_DIR/method/env_id/seed1/, the working directory of its script:
@@ -67,7 +68,7 @@ class Args:
     output_dir: Path | None = None
     """folder of the results; if not given, results_raw/NAME_OF_THE_GRID"""
     total_timesteps: int | None = None
-    """frames of each run; if not given, the grid's. Finished runs with fewer go on, those with more are left alone"""
+    """frames of every run; if not given, the grid's. Finished runs with fewer go on, those with more are left alone"""
     backend: Literal["local", "ray"] = "local"
     """where to run: on this machine, or on a Ray cluster (needs experiments/requirements-ray.txt)"""
     workers: int = 2
@@ -76,6 +77,8 @@ class Args:
     """address of the Ray cluster; auto: the one that this machine belongs to"""
     cpus_per_run: float = 1
     """CPUs that Ray reserves for a run"""
+    gpus_per_run: float = 0
+    """GPUs that Ray reserves for a run, for grids with --cuda; may be a fraction"""
     retries: int = 2
     """how often a crashed run is resumed, and a run whose Ray node is lost is moved, before it counts as failed"""
 
@@ -115,7 +118,7 @@ class Job:
 def read_grid(path: Path, output_dir: Path, total_timesteps: int | None = None) -> list[Job]:
     """The jobs of a grid file in the order in which they are run; raises ValueError if the file is not a valid grid.
 
-    total_timesteps replaces the grid's, if given.
+    total_timesteps replaces those of the grid and of its tasks, if given.
     """
     try:
         grid = yaml.safe_load(path.read_text())
@@ -128,7 +131,7 @@ def read_grid(path: Path, output_dir: Path, total_timesteps: int | None = None) 
         if not (REPOSITORY / method["script"]).is_file():
             raise ValueError(f"{path}: there is no script {method['script']}")
     for task in grid["tasks"]:
-        check_keys(task, f"{path}: a task", {"env_id": str}, {"flags": str, "seeds": list})
+        check_keys(task, f"{path}: a task", {"env_id": str}, {"flags": str, "seeds": list, "total_timesteps": int})
     all_seeds = [seed for part in (grid, *grid["tasks"]) for seed in part.get("seeds", [])]
     for seed in all_seeds:
         if not isinstance(seed, int):
@@ -139,7 +142,6 @@ def read_grid(path: Path, output_dir: Path, total_timesteps: int | None = None) 
             if env_id not in env_ids:
                 raise ValueError(f"{path}: {method['name']} has only_tasks {env_id}, which is not a task of the grid")
 
-    frames = total_timesteps or grid["total_timesteps"]
     jobs = []
     for seed in dict.fromkeys(all_seeds):
         for task in grid["tasks"]:
@@ -147,6 +149,7 @@ def read_grid(path: Path, output_dir: Path, total_timesteps: int | None = None) 
                 name, env_id = method["name"], task["env_id"]
                 if seed not in task.get("seeds", grid["seeds"]) or env_id not in method.get("only_tasks", env_ids):
                     continue
+                frames = total_timesteps or task.get("total_timesteps", grid["total_timesteps"])
                 flags = tuple(shlex.split(" ".join(part.get("flags", "") for part in (grid, task, method))))
                 folder = output_dir.resolve() / name / env_id.replace("/", "_") / f"seed{seed}"
                 jobs.append(Job(name, env_id, seed, frames, REPOSITORY / method["script"], flags, folder))
@@ -253,7 +256,7 @@ def run_once(job: Job, lock: int, stop: threading.Event) -> int:
     attempts[-1].update(seconds=time.time() - attempts[-1]["started"], exit_status=status)
     write_json(job.folder / "attempts.json", attempts)
     if status == 0:
-        run_folder = max(job.folder.glob("runs/*"), key=lambda path: path.stat().st_mtime, default=job.folder)
+        run_folder = max(run_folders(job.folder), key=lambda path: path.stat().st_mtime, default=job.folder)
         record = {
             "command": job.command,
             "duration_seconds": sum(attempt["seconds"] for attempt in attempts),
@@ -279,10 +282,15 @@ def wait_for(process: subprocess.Popen, stop: threading.Event) -> int:
             stop.set()
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """The folders that the scripts have made for a job's runs."""
+    return [path for path in folder.glob("runs/*") if path.is_dir()]
+
+
 def find_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint among a job's runs; runs that have none are removed."""
     checkpoints = []
-    for run in (folder / "runs").glob("*"):
+    for run in run_folders(folder):
         if (run / "checkpoint.pt").exists():
             checkpoints.append(run / "checkpoint.pt")
         else:
@@ -342,7 +350,7 @@ class RayBackend:
                 f"cannot reach a Ray cluster at {args.ray_address}: {str(error).splitlines()[0]}"
             ) from None
 
-        @ray.remote(num_cpus=args.cpus_per_run, max_retries=args.retries)
+        @ray.remote(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=args.retries)
         def run_on_node(job: Job) -> tuple[str, str]:
             return run_job(job, args.retries, threading.Event())
 
@@ -398,9 +406,10 @@ def show(bar: tqdm, jobs: list[Job], outcomes: dict[Job, str], skipped: int, sin
 def main(args: Args) -> int:
     """Runs the grid and returns the launcher's exit status."""
     try:
-        if args.workers < 1 or args.cpus_per_run <= 0 or args.retries < 0 or (args.total_timesteps or 1) < 1:
-            names = "--workers, --cpus-per-run and --total-timesteps"
-            raise ValueError(f"{names} must be positive, --retries must not be negative")
+        if args.workers < 1 or args.cpus_per_run <= 0 or (args.total_timesteps or 1) < 1:
+            raise ValueError("--workers, --cpus-per-run and --total-timesteps must be positive")
+        if min(args.retries, args.gpus_per_run) < 0:
+            raise ValueError("--retries and --gpus-per-run must not be negative")
         jobs = read_grid(args.grid, args.output_dir or Path("results_raw") / args.grid.stem, args.total_timesteps)
         for job in jobs:
             check_settings(job)

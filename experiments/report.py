@@ -8,15 +8,17 @@ Make every figure and every results table in README anew from the committed CSVs
     python experiments/report.py --check                             # exit 1 if a table differs from the CSVs
 
 In README a table goes between the lines `<!-- report:NAME-TABLE begin -->` and `<!-- report:NAME-TABLE end -->`, where
-TABLE is scores, aggregate, seeds, cost, returns, training or density. Figures are figures/NAME-FIGURE-light.png (and
-dark, and svg).
+TABLE is scores, aggregate, seeds, cost, returns, training, density or models. Figures are
+figures/NAME-FIGURE-light.png (and dark, and svg). The tables known_graph-edges and spread_scale-time and the figure
+known_graph are made from the CSVs of those experiments.
 
 The score is the team return (on LBF in [0, 1]: nothing is normalised), or the win rate where there is one. A run's
 final score is its mean over the evaluations in the last 10% of frames (4.5M-5M of 5M, as in the paper). Evaluations are
 aligned by their nominal index, floor(frames / evaluation interval). A run is complete if it is finished and has the
 last evaluation that any run of its task has; only complete runs count. The others are drawn as thin lines, their mean
-pale where a method has no complete run on a task. The density of a learned graph (edges per agent besides itself) and
-the win rate of the games of training are means over the iterations since the evaluation before, from TensorBoard.
+pale where a method has no complete run on a task. What training logs to TensorBoard and the CSV keeps (the density of
+a learned graph, in edges per agent besides itself, the models' accuracies, ...) are means over the iterations since the
+evaluation before.
 Statistics: Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice" (arXiv 2108.13264).
 """
 
@@ -31,18 +33,28 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import known_graph_figure
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import tyro
 import yaml
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from plotting import THEMES, new_figure, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 KEY = ["method", "task", "seed"]
-SCALARS = {"graph/density": "density", "charts/win_rate": "train_win_rate"}
+SCALARS = {  # of TensorBoard -> column
+    "charts/win_rate": "train_win_rate",
+    "graph/density": "density",
+    "graph/entropy_ratio": "entropy_ratio",
+    "graph/oracle_precision": "oracle_precision",
+    "graph/oracle_recall": "oracle_recall",
+    "losses/action_predictor_accuracy": "predictor_accuracy",
+    "losses/reverse_model_accuracy": "reverse_accuracy",
+    "losses/entropy": "policy_entropy",
+}
+DEFAULTS = {"ablation_c": {"mappo_dg": "mappo_dg_c0.9"}}  # in a grid over a setting, the default goes by its value
 COLUMNS = [*KEY, "frames", "return", "return_std", "episodes", "finished", "seconds"]
 # The paper's LBF results (arXiv 2601.21523), read off its figures (about +-0.01): its name of a method, the IQM of the
 # team return at 5M frames over the six tasks [95% interval, where it is legible], the mean over 4.5M-5M on each task.
@@ -126,12 +138,9 @@ def merge(old, new):
 
 def write(data, path):
     """Writes the tidy CSV, all or nothing, in an order that keeps diffs small."""
-    extra = [
-        name
-        for name in data
-        if re.match("win_rate|train_win_rate|density|return_agent_", name) and data[name].notna().any()
-    ]
-    columns = [*COLUMNS, *sorted(extra, key=lambda name: (name[:6] == "return", natural(name)))]
+    extra = [name for name in ("win_rate", *SCALARS.values()) if name in data]
+    extra += sorted((name for name in data if name.startswith("return_agent_")), key=natural)
+    columns = [*COLUMNS, *(name for name in extra if data[name].notna().any())]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     data.sort_values([*KEY, "frames"])[columns].to_csv(temporary, index=False, float_format="%.6g")
@@ -147,6 +156,7 @@ def natural(name):
 def load(path):
     """The tidy CSV + score, index (nominal evaluation), nominal (its frames), last (index of the run), complete."""
     data = pd.read_csv(path)
+    data["method"] = data["method"].replace(DEFAULTS.get(path.stem, {}))
     data["score"] = data["win_rate"] if "win_rate" in data else data["return"]
     gap = data.groupby(KEY)["frames"].diff().median()  # the interval, but for an overshoot of less than an iteration
     nice = np.array([1, 2, 2.5, 5, 10]) * 10 ** np.floor(np.log10(gap)) if gap > 0 else np.array([1])
@@ -327,6 +337,41 @@ def curve_table(data, key):
     return markdown(["method", *map(label, tasks)], rows, note)
 
 
+# What tells how the graph and its models are doing: column of the CSV -> head of the column in the table
+MODELS = {"density": "edges per agent", "entropy_ratio": "entropy ratio", "predictor_accuracy": "accuracy of q_phi"}
+MODELS |= {"reverse_accuracy": "accuracy of q_psi", "policy_entropy": "policy entropy"}
+MODELS |= {"oracle_precision": "precision", "oracle_recall": "recall"}
+
+
+def models_table(data):
+    """Tasks x methods with a graph: final values of the columns MODELS."""
+    columns, rows = [column for column in MODELS if column in data], []
+    finals = {column: final_scores(data, column) for column in columns}
+    for task, method in itertools.product(ordered(data, "task"), ordered(data, "method")):
+        if (method, task) in finals.get("density", {}):
+            cells = [mean_and_std(finals[column].get((method, task), []), 2) for column in columns]
+            rows.append([label(task), label(method), *cells])
+    note = "In training, mean over the last 10% of frames: mean ± standard deviation over seeds. Edges besides an "
+    note += "agent's own; entropies in nats; precision and recall against the oracle's graph."
+    return markdown(["task", "method", *(MODELS[column] for column in columns)], rows, note)
+
+
+def scale_table(data):
+    """Star-spread by the number of agents: time of an iteration, its largest parts, memory (spread_scale.py's CSV)."""
+    rows, algorithms = [], data["algorithm"].unique()
+    for N, group in data.groupby("N"):
+        group = group.set_index("algorithm")
+        cells = [f"{number(group.loc[name, 'iteration ms'], 0)}" for name in algorithms]
+        first = group.loc[algorithms[0]]
+        shares = [100 * first[f"{phase} ms"] / first["iteration ms"] for phase in ("ppo_update", "multi_agent_gae")]
+        memory = [f"{first[f'{what} MB']:.0f} MB" for what in ("process", "multi_agent_gae")]
+        rows.append([N, *cells, *(f"{number(share, 0)} %" for share in shares), *memory])
+    header = ["N", *(f"{name.upper()}, ms per iteration" for name in algorithms), "of it `ppo_update`"]
+    header += ["`multi_agent_gae`", "memory of the process", "of `multi_agent_gae` alone"]
+    note = f"Shares and memory are {algorithms[0].upper()}'s. CPU time of one core; 10 episodes of 50 steps."
+    return markdown(header, rows, note)
+
+
 def aggregate_table(data):
     """Methods x aggregate metrics with their 95% intervals, with the paper's IQM where it is comparable."""
     rows, paper = [], paper_tasks(data) == ordered(data, "task") == PAPER_TASKS
@@ -372,27 +417,12 @@ def cost_table(data):
 
 
 TABLES = {"scores": scores_table, "aggregate": aggregate_table, "seeds": seeds_table, "cost": cost_table}
+TABLES |= {"models": models_table, "edges": known_graph_figure.table, "time": scale_table}
+OTHERS = {"known_graph": "edges", "spread_scale": "time"}  # CSVs that are not a grid's -> their table
 TABLES |= {key: functools.partial(curve_table, key=key) for key in CURVES}
 
 
 # FIGURES
-# Page, text, grid lines, then Okabe and Ito's colour-blind safe colours in an order that suits the page.
-THEMES = {
-    "light": "#ffffff #1f2328 #d8dee4 #0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split(),
-    "dark": "#0d1117 #e6edf3 #30363d #56B4E9 #D55E00 #009E73 #CC79A7 #E69F00 #0072B2 #F0E442".split(),
-}
-
-
-def style(theme):
-    """The matplotlib settings of all figures."""
-    page, text, grid = THEMES[theme][:3]
-    settings = dict.fromkeys(["figure.facecolor", "axes.facecolor"], page)
-    settings |= dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], text)
-    settings |= {"axes.grid": True, "grid.color": grid, "axes.spines.top": False, "axes.spines.right": False}
-    settings |= {"font.size": 11, "axes.titlesize": 11, "legend.frameon": False, "svg.hashsalt": "report"}
-    return settings | {"figure.constrained_layout.use": True}
-
-
 def looks(methods, theme):
     """{method: line style}: the colour is the reward scheme, IPPO is dashed; other methods share the other colours."""
     colours = THEMES[theme][3:]
@@ -401,13 +431,6 @@ def looks(methods, theme):
     for k, method in enumerate(method for method in methods if method not in PAPER):
         look[method] = {"color": free[k % len(free)], "ls": ["-", "--", ":", "-."][k // len(free) % 4]}
     return look
-
-
-def new_figure(rows, columns, width, height, **kwargs):
-    """A figure of width x height inches and its (rows, columns) axes, without pyplot's global state."""
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
 def add_legend(figure, look):
@@ -484,6 +507,43 @@ def draw_scores(data, look):
     return figure
 
 
+def sweeps(data):
+    """{stem: {value: method}} of settings with three values or more, in methods that are named like mappo_dg_c0.5.
+
+    For a probability of noise, the method without it is the value 0.
+    """
+    found, methods = {}, ordered(data, "method")
+    for method in methods:
+        base, _, setting = method.rpartition("_")
+        if match := re.fullmatch(r"([a-z]+)([\d.]+)", setting):
+            start = {0.0: base} if match[1] in ("add", "drop") and base in methods else {}
+            found.setdefault(f"{base}_{match[1]}", start)[float(match[2])] = method
+    return {stem: values for stem, values in found.items() if len(values) >= 3}
+
+
+def draw_sweep(data, look):
+    """Final score and density of the graph over the values of a setting: a dot for each run, a line at the mean."""
+    tasks, found = ordered(data, "task"), sweeps(data)
+    columns = {"score": f"final {score_name(data)}"}
+    columns |= {"density": "final edges per agent"} if "density" in data else {}
+    size = max(6.5, 3.6 * len(tasks)), 2.6 * len(columns) + 0.4
+    figure, axes = new_figure(len(columns), len(tasks), *size, sharex=True, sharey="row")
+    for row, (column, name) in zip(axes, columns.items(), strict=True):
+        finals = final_scores(data, column)
+        for ax, task in zip(row, tasks, strict=True):
+            for stem, methods in found.items():
+                runs = {x: finals[method, task] for x, method in sorted(methods.items()) if (method, task) in finals}
+                for x, scores in runs.items():
+                    ax.plot([x] * len(scores), scores, "o", ms=4, alpha=0.5, mew=0, color=look[stem]["color"])
+                ax.plot(list(runs), [scores.mean() for scores in runs.values()], lw=2, **look[stem])
+            ax.set_title(label(task) if column == "score" else "")
+        row[0].set(ylabel=name, ylim=(0, 1 if column == "score" and data["score"].between(0, 1).all() else None))
+    figure.supxlabel(", ".join(dict.fromkeys(stem.rpartition("_")[2] for stem in found)), fontsize=11)
+    if len(found) > 1:
+        add_legend(figure, look)
+    return figure
+
+
 def draw_aggregate(data, look):
     """IQM, median, mean, optimality gap, 95% intervals; the paper's IQM hollow, beneath ours. Agarwal et al. 2021."""
     matrices, ink = score_matrices(data), mpl.rcParams["text.color"]
@@ -556,13 +616,15 @@ def draw(grid, data, folder):
     if len(score_matrices(data)) >= 2 and data["task"].nunique() >= 2 and data["score"].between(0, 1).all():
         figures |= {"aggregate": draw_aggregate, "profile": draw_profile}
         figures |= {"efficiency": draw_efficiency, "improvement": draw_improvement}
-    folder.mkdir(parents=True, exist_ok=True)
-    for theme in THEMES:
-        with mpl.rc_context(style(theme)):
-            for name, function in figures.items():
-                figure = function(data, looks(ordered(data, "method"), theme))
-                figure.savefig(folder / f"{grid}-{name}-{theme}.png", dpi=150, metadata={"Software": None})
-                figure.savefig(folder / f"{grid}-{name}-{theme}.svg", metadata={"Date": None})
+    if sweeps(data):
+        figures["sweep"] = draw_sweep
+    for name, function in figures.items():
+        lines = list(sweeps(data)) if name == "sweep" else ordered(data, "method")
+
+        def themed(theme, function=function, lines=lines):
+            return function(data, looks(lines, theme))
+
+        save(themed, folder, f"{grid}-{name}")
 
 
 # MAIN
@@ -575,7 +637,7 @@ def fill_tables(text, grids):
 
     def table(match):
         grid, _, name = match[2].rpartition("-")
-        if grid not in grids or name not in TABLES:
+        if grid not in grids or name not in TABLES or OTHERS.get(grid, name) != name:
             raise UserError(f"README.md: no table {match[2]}; grids: {', '.join(grids)}; tables: {', '.join(TABLES)}")
         return f"{match[1]}{TABLES[name](grids[grid])}\n{match[3]}"
 
@@ -583,9 +645,14 @@ def fill_tables(text, grids):
 
 
 def load_grids(folder):
-    """{name: data} of the tidy CSVs in the folder; other experiments' CSVs there are left alone."""
+    """{name: data} of the tidy CSVs in the folder."""
     paths = [path for path in sorted(folder.glob("*.csv")) if path.read_text().startswith(",".join(COLUMNS))]
     return {path.stem: load(path) for path in paths}
+
+
+def load_others(folder):
+    """{name: data} of the CSVs that are not a grid's but have a table in README."""
+    return {name: pd.read_csv(folder / f"{name}.csv") for name in OTHERS if (folder / f"{name}.csv").exists()}
 
 
 @dataclass
@@ -619,9 +686,9 @@ def main(args, root):
     if args.collect:
         collect_grid(args.collect, args.grid, experiments)
         return 0
-    grids = load_grids(experiments / "results")
+    grids, others = load_grids(experiments / "results"), load_others(experiments / "results")
     old = readme.read_text() if readme.exists() else ""
-    new = fill_tables(old, grids)
+    new = fill_tables(old, grids | others)
     if args.check:
         print("README.md's tables " + ("equal the CSVs" if new == old else "differ: run python experiments/report.py"))
         return int(new != old)
@@ -630,6 +697,9 @@ def main(args, root):
     for grid, data in grids.items():
         draw(grid, data, experiments / "figures")
         print(f"{grid}: {finished_note(data)}")
+    if "known_graph" in others:
+        draw_known_graph = functools.partial(known_graph_figure.draw, others["known_graph"])
+        save(draw_known_graph, experiments / "figures", "known_graph")
     return 0
 
 

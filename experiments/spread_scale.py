@@ -1,15 +1,16 @@
 """Time and memory of an iteration of spread.py by the number of agents, and of multi_agent_gae alone.
 
-    python experiments/spread_scale.py
-    python experiments/spread_scale.py --num-agents 5 100 --algorithm mappo --csv scale.csv
+    python experiments/spread_scale.py --csv experiments/results/spread_scale.csv     # what README's table shows
+    python experiments/spread_scale.py --num-agents 5 100 --algorithms mappo
 
-Prints one line per number of agents: milliseconds of each phase (median over the iterations), the share of
-multi_agent_gae, the peak memory of the process, and what multi_agent_gae adds to it where nothing else has run. Time is
-CPU time of one thread, so that other processes on the machine do not count. Each line is measured in processes of its
-own. Linux and macOS only.
+Prints one line per algorithm and number of agents: milliseconds of each phase (median over the iterations), the share
+of multi_agent_gae, the peak memory of the process, and what multi_agent_gae adds to it where nothing else has run. Time
+is CPU time of one thread, so that other processes on the machine do not count. Each line is measured in processes of
+its own. Linux and macOS only.
 """
 
 import csv
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -32,8 +33,8 @@ EPISODES = 10  # parallel episodes, spread.py's default
 class Args:
     num_agents: tuple[int, ...] = (5, 20, 50, 100)
     """numbers of agents"""
-    algorithm: Literal["mappo", "ippo"] = "ippo"
-    """as in spread.py"""
+    algorithms: tuple[Literal["mappo", "ippo"], ...] = ("ippo", "mappo")
+    """spread.py's --algorithm"""
     iterations: int = 3
     """measured iterations, after a first one that does not count"""
     csv: str | None = None
@@ -106,10 +107,10 @@ def main():
     if min(args.num_agents, default=0) < 2 or args.iterations < 1:
         sys.exit("spread_scale.py: num_agents must be at least 2 each and iterations at least 1")
     rows = []
-    for num_agents in args.num_agents:
-        phases, memory = in_new_process(measure_iteration, num_agents, args.algorithm, args.iterations)
+    for algorithm, num_agents in itertools.product(args.algorithms, args.num_agents):
+        phases, memory = in_new_process(measure_iteration, num_agents, algorithm, args.iterations)
         total = sum(phases.values())
-        row = {"N": num_agents} | {f"{name} ms": round(ms, 1) for name, ms in phases.items()}
+        row = {"algorithm": algorithm, "N": num_agents} | {f"{name} ms": round(ms, 1) for name, ms in phases.items()}
         row |= {"iteration ms": round(total, 1), "multi_agent_gae %": round(100 * phases["multi_agent_gae"] / total, 1)}
         row |= {"process MB": round(memory), "multi_agent_gae MB": round(in_new_process(measure_memory, num_agents))}
         if not rows:

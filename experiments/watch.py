@@ -25,7 +25,8 @@ import torch
 import tyro
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, RegularPolygon
 from PIL import Image
-from report import THEMES, UserError, new_figure, style
+from plotting import THEMES, new_figure, style
+from report import UserError
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.writer import FileWriter
 

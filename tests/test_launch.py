@@ -5,6 +5,7 @@ Most tests use a small stand-in for the training scripts that keeps their contra
 """
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tqdm import tqdm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCHER = REPOSITORY / "experiments" / "launch.py"
@@ -157,7 +159,7 @@ def results(output):
     """The evaluations of all finished jobs; each has one run folder, and no job ever ran twice at the same time."""
     assert not list(output.glob("*/*/*/TWICE"))
     jobs = sorted(path.parent for path in output.glob("*/*/seed*/finished.json"))
-    runs = {str(job.relative_to(output)): list(job.glob("runs/*")) for job in jobs}
+    runs = {str(job.relative_to(output)): launch.run_folders(job) for job in jobs}
     assert all(len(folders) == 1 for folders in runs.values())
     return {job: (folder / "evaluations.csv").read_text() for job, [folder] in runs.items()}
 
@@ -186,10 +188,10 @@ def test_order_is_seed_by_seed(grid, tmp_path):
     assert jobs[1].folder == tmp_path / "two" / "A" / "seed1"
 
 
-def test_only_tasks_and_seeds_of_a_task(grid, tmp_path):
+def test_only_tasks_and_seeds_and_frames_of_a_task(grid, tmp_path):
     content = yaml.safe_load(grid.read_text())
     content["methods"][1]["only_tasks"] = ["B"]
-    content["tasks"][1]["seeds"] = [7]
+    content["tasks"][1] |= {"seeds": [7], "total_timesteps": 80}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
     jobs = launch.read_grid(tmp_path / "grid.yaml", tmp_path)
     assert [(job.seed, job.env_id, job.method) for job in jobs] == [
@@ -198,6 +200,8 @@ def test_only_tasks_and_seeds_of_a_task(grid, tmp_path):
         (7, "B", "one"),
         (7, "B", "two"),
     ]
+    assert [job.total_timesteps for job in jobs] == [60, 60, 80, 80]
+    assert {job.total_timesteps for job in launch.read_grid(tmp_path / "grid.yaml", tmp_path, 90)} == {90}
 
 
 @pytest.mark.parametrize(
@@ -213,6 +217,7 @@ def test_only_tasks_and_seeds_of_a_task(grid, tmp_path):
         (lambda grid: grid["methods"][0].update(only_tasks=["C"]), "only_tasks"),
         (lambda grid: grid["methods"][0].update(name="two"), "same name"),
         (lambda grid: grid["tasks"].append("A"), "a task must be a mapping"),
+        (lambda grid: grid["tasks"][0].update(total_timesteps=0), "total_timesteps"),
     ],
 )
 def test_bad_grid(grid, tmp_path, change, word):
@@ -225,7 +230,8 @@ def test_bad_grid(grid, tmp_path, change, word):
 
 def test_bad_input_is_one_sentence_and_status_2(grid, tmp_path):
     (tmp_path / "broken.yaml").write_text("seeds: [1")
-    for flags in ([tmp_path / "no.yaml"], [tmp_path / "broken.yaml"], [grid, "--workers", "0"]):
+    wrong = [grid, "--workers", "0"], [grid, "--gpus-per-run", "-1"]
+    for flags in ([tmp_path / "no.yaml"], [tmp_path / "broken.yaml"], *wrong):
         status, stderr = run(flags[0], tmp_path / "output", *flags[1:])
         assert status == 2 and stderr.startswith("launch.py: ") and stderr.count("\n") == 1
     assert not (tmp_path / "output").exists()
@@ -315,6 +321,7 @@ def test_crash_killed_run_and_killed_launcher(grid, undisturbed, tmp_path, proce
     output = tmp_path / "output"
     first, second = output / "one/A/seed1", output / "two/A/seed1"
     (first / "runs" / "died_before_its_first_checkpoint").mkdir(parents=True)
+    (first / "runs" / ".DS_Store").touch()  # as file managers leave it
     launcher = start(processes, grid, output, TRAIN_HOLD=hold, TRAIN_CRASH_ONCE="one/A/seed1")
     wait_until(lambda: held(output) == [first, second])
     os.kill(starts(second)[0]["pid"], signal.SIGKILL)
@@ -391,6 +398,21 @@ def test_progress(grid, tmp_path):
     for text, frames in [("", 0), ("global_step,x\n", 0), ("global_step,x\n0,1\n40,2\n", 40), ("x\n65,1\n", 60)]:
         csv.write_text(text)
         assert launch.frames_done(job) == frames
+
+
+def test_the_display_counts_jobs_and_frames(grid, tmp_path):
+    """Of 8 jobs of 60 frames one is done, one failed at 40, one runs, at 30, and one of an earlier start is at 10."""
+    jobs = launch.read_grid(grid, tmp_path)
+    outcomes = {jobs[0]: "finished", jobs[1]: "failed"}
+    for job, frames, started in ((jobs[1], 40, 100), (jobs[2], 30, 100), (jobs[3], 10, 99)):
+        (job.folder / "runs" / "a").mkdir(parents=True)
+        (job.folder / "runs" / "a" / "evaluations.csv").write_text(f"global_step,x\n{frames},1\n")
+        attempt = {"started": started, "exit_status": None}
+        (job.folder / "attempts.json").write_text(json.dumps([attempt]))
+    with tqdm(total=480, initial=80, file=io.StringIO()) as bar:
+        launch.show(bar, jobs, outcomes, 3, since=100)
+        assert (bar.n, bar.total) == (60 + 40 + 30 + 10, 60 + 40 + 6 * 60)
+        assert bar.postfix == "done 1, running 1, waiting 5, failed 1, skipped 3"
 
 
 def test_real_script(tmp_path, processes):

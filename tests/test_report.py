@@ -5,7 +5,6 @@ environment: `pip install -r experiments/requirements.txt -r tests/requirements-
 `pytest --noconftest tests/test_report.py` (conftest needs torch).
 """
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -21,10 +20,8 @@ import pandas as pd  # noqa: E402
 from scipy.stats import trim_mean  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("report", ROOT / "experiments" / "report.py")
-report = importlib.util.module_from_spec(spec)
-sys.modules["report"] = report  # tyro looks the dataclass's module up
-spec.loader.exec_module(report)
+sys.path.insert(0, str(ROOT / "experiments"))
+import report  # noqa: E402
 
 HEADER = "global_step,episodic_return,episodic_return_std,episodes"
 TASK = "Foraging-8x8-2p-4f-coop-v3"
@@ -58,7 +55,9 @@ def run(root, **args):
 def table_of(root, name):
     """The table that report.py writes into a README with one pair of markers."""
     (root / "README.md").write_text(f"<!-- report:{name} begin -->\n<!-- report:{name} end -->\n")
-    text = report.fill_tables((root / "README.md").read_text(), report.load_grids(root / "experiments" / "results"))
+    results = root / "experiments" / "results"
+    grids = report.load_grids(results) | report.load_others(results)
+    text = report.fill_tables((root / "README.md").read_text(), grids)
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0:1] == "|"]
 
 
@@ -112,6 +111,7 @@ def test_agrees_with_rliable():
         pytest.skip("needs rliable: see this file's first lines")
     rng = np.random.default_rng(2)
     x, y = (np.clip(rng.normal(centre, 0.15, (5, 6)), 0, 1) for centre in (0.6, 0.5))
+    x[0, :2] = 1.3, 1.1  # above 1, where the optimality gap has its clip
     np.random.seed(0)  # rliable draws from numpy's global generator
     theirs = {
         "IQM": metrics.aggregate_iqm,
@@ -186,6 +186,7 @@ def test_density_is_the_mean_since_the_evaluation_before(tmp_path):
                 writer.add_scalar("graph/density", value - 0.25, frames[k] + 500)
                 writer.add_scalar("graph/density", value + 0.25, frames[k + 1])
                 writer.add_scalar("charts/win_rate", k / 10, frames[k + 1])
+                writer.add_scalar("losses/reverse_model_accuracy", k / 20, frames[k + 1])
     run(tmp_path, collect=tmp_path / "output", grid="g")
     data = pd.read_csv(tmp_path / "experiments/results/g.csv")
     assert data[data.method == "mappo_dg"].density.round(6).tolist()[1:] == [0.25] * 6 + [0.75] * 4
@@ -193,6 +194,8 @@ def test_density_is_the_mean_since_the_evaluation_before(tmp_path):
     assert data.density.isna().sum() == 1 + 11  # nothing before the first iteration; no graph
     assert table_of(tmp_path, "g-density")[2:] == [["MAPPO-DG", "0.75"]]
     assert table_of(tmp_path, "g-training")[2:] == [["MAPPO-DG", "0.85"]]
+    head = ["task", "method", "edges per agent", "accuracy of q_psi"]
+    assert table_of(tmp_path, "g-models")[::2] == [head, ["8x8-2p-4f-coop", "MAPPO-DG", "0.75", "0.43"]]
     with pytest.raises(report.UserError, match="has no density"):
         report.curve_table(data.drop(columns="density"), "density")
 
@@ -368,6 +371,56 @@ def test_every_figure_is_drawn_for_light_and_dark_pages(root):
     names = {path.name for path in (root / "experiments" / "figures").iterdir() if path.stat().st_size > 5000}
     figures = ("curves", "scores", "aggregate", "profile", "efficiency", "improvement")
     assert names == {f"small-{f}-{theme}.{ext}" for f in figures for theme in report.THEMES for ext in ("png", "svg")}
+
+
+def test_the_comparing_figures_show_their_statistics(root):
+    """DG's final scores are .81, .82, .83 on both tasks, those of local .31, .32; all rise for 10 evaluations."""
+    data = report.load(root / "experiments" / "results" / "small.csv")
+    look = report.looks(["mappo_dg", "mappo_local"], "light")
+    (improvement,) = report.draw_improvement(data, look).axes
+    assert [line.get_xdata()[0] for line in improvement.lines if line.get_marker() == "o"] == [1]
+    assert [text.get_text() for text in improvement.get_yticklabels()] == ["MAPPO-DG over MAPPO-local"]
+    (efficiency,) = report.draw_efficiency(data, look).axes
+    dg, local = ({round(x, 3): y for x, y in line.get_xydata()} for line in efficiency.lines)
+    assert (dg[0.0], dg[0.5], dg[1.0]) == pytest.approx((0, 0.82, 0.82))
+    assert (local[0.25], local[1.0]) == pytest.approx((0.5 * 0.315, 0.315))
+    (profile,) = report.draw_profile(data, look).axes
+    dg, local = ({round(x, 3): y for x, y in line.get_xydata()} for line in profile.lines)
+    assert (dg[0.8], dg[0.82], dg[0.84]) == pytest.approx((1, 1 / 3, 0)) and (local[0.3], local[0.33]) == (1, 0)
+    points = {}
+    for ax in report.draw_aggregate(data, look).axes:
+        points[ax.get_title()] = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o"]
+    assert points["IQM"] == pytest.approx([0.82, 0.315]) and points["Optimality gap"] == pytest.approx([0.18, 0.685])
+
+
+def test_a_setting_that_is_swept_has_a_figure_over_its_values(tmp_path):
+    names = {"mappo_dg": 0.5, "mappo_dg_drop0.1": 0.4, "mappo_dg_drop0.5": 0.3, "mappo_dg_add0.1": 0.2}
+    names |= {"mappo_dg_random0.3": 0.6, "mappo_dg_random0.7": 0.6, "mappo_dg_hard": 0.1}
+    for method, value in names.items():
+        for seed in (1, 2):
+            write_run(tmp_path / "output", method, "t", seed, np.full(11, value + seed / 100), seconds=5)
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    data = report.load(tmp_path / "experiments/results/g.csv")
+    sweep = {0: "mappo_dg", 0.1: "mappo_dg_drop0.1", 0.5: "mappo_dg_drop0.5"}
+    assert report.sweeps(data) == {"mappo_dg_drop": sweep}  # add has two values; random at 0 is not mappo_dg
+    figure = report.draw_sweep(data, report.looks(["mappo_dg_drop"], "light"))
+    (ax,) = figure.axes
+    line = next(line for line in ax.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 3)
+    assert line.get_xydata() == pytest.approx(np.array([[0, 0.515], [0.1, 0.415], [0.5, 0.315]]))
+    dots = [xy for line in ax.lines if line.get_marker() == "o" for xy in line.get_xydata().round(3).tolist()]
+    assert dots == [[x, round(y + seed / 100, 3)] for x, y in ((0, 0.5), (0.1, 0.4), (0.5, 0.3)) for seed in (1, 2)]
+    assert figure.get_supxlabel() == "drop"
+
+
+def test_the_default_goes_by_its_value_where_it_is_swept(tmp_path):
+    for method in ("mappo_dg", "mappo_dg_c0", "mappo_dg_c1"):
+        write_run(tmp_path / "output", method, "t", 1, np.full(11, 0.5), seconds=5)
+    for grid in ("ablation_c", "other"):
+        run(tmp_path, collect=tmp_path / "output", grid=grid)
+    rows = {grid: [row[0] for row in table_of(tmp_path, f"{grid}-scores")[2:]] for grid in ("ablation_c", "other")}
+    assert rows["ablation_c"] == ["MAPPO-DG c0", "MAPPO-DG c0.9", "MAPPO-DG c1"]
+    assert rows["other"] == ["MAPPO-DG", "MAPPO-DG c0", "MAPPO-DG c1"]
+    assert list(report.sweeps(report.load(tmp_path / "experiments/results/ablation_c.csv"))) == ["mappo_dg_c"]
 
 
 def test_every_panel_shows_all_of_its_curves(tmp_path):

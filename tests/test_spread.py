@@ -247,7 +247,8 @@ def test_bad_settings_are_one_sentence(tmp_path, wrong, words):
 def test_scale_table(tmp_path):
     done = run("experiments/spread_scale.py", "--num-agents", 3, "--iterations", 1, "--csv", "t.csv", cwd=tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "t.csv")))
-    assert [row["N"] for row in rows] == ["3"] and len(done.stdout.splitlines()) == 2
+    assert [(row["algorithm"], row["N"]) for row in rows] == [("ippo", "3"), ("mappo", "3")]
+    assert len(done.stdout.splitlines()) == 3
     for row in rows:
         phases = [float(row[f"{name} ms"]) for name in ("collect", "values", "gae", "multi_agent_gae", "ppo_update")]
         assert min(phases) > 0 and sum(phases) <= float(row["iteration ms"]) + 0.5
