@@ -347,13 +347,24 @@ def models_table(data):
     """Tasks x methods with a graph: final values of the columns MODELS."""
     columns, rows = [column for column in MODELS if column in data], []
     finals = {column: final_scores(data, column) for column in columns}
+    if "oracle_recall" in finals:  # the oracle's edges are density * precision / recall of each agent's N - 1 pairs
+        columns.append("chance")
+        finals["chance"] = {}
+        for (method, task), density in finals["density"].items():
+            pairs = data.loc[data["task"] == task].filter(like="return_agent_").notna().any().sum() - 1
+            precision, recall = (finals[f"oracle_{name}"][method, task] for name in ("precision", "recall"))
+            finals["chance"][method, task] = (density * precision / recall / pairs)[recall > 0.01]
     for task, method in itertools.product(ordered(data, "task"), ordered(data, "method")):
         if (method, task) in finals.get("density", {}):
             cells = [mean_and_std(finals[column].get((method, task), []), 2) for column in columns]
             rows.append([label(task), label(method), *cells])
+    columns = [MODELS.get(column, "precision by chance") for column in columns]
     note = "In training, mean over the last 10% of frames: mean ± standard deviation over seeds. Edges besides an "
     note += "agent's own; entropies in nats; precision and recall against the oracle's graph."
-    return markdown(["task", "method", *(MODELS[column] for column in columns)], rows, note)
+    note += " By chance: the share of all pairs that the oracle connects, edges × precision / recall / (N - 1)." * (
+        "precision by chance" in columns
+    )
+    return markdown(["task", "method", *columns], rows, note)
 
 
 def scale_table(data):

@@ -423,6 +423,17 @@ def test_the_default_goes_by_its_value_where_it_is_swept(tmp_path):
     assert list(report.sweeps(report.load(tmp_path / "experiments/results/ablation_c.csv"))) == ["mappo_dg_c"]
 
 
+def test_precision_by_chance_is_the_oracles_share_of_all_pairs(tmp_path):
+    """3 agents, 2 pairs each, of which the oracle connects 1.5; the graph has 1 edge, right in .6: a recall of .4."""
+    write_run(tmp_path / "output", "mappo_dg", "t", 1, np.zeros(11), agents=3, seconds=5)
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    path = tmp_path / "experiments/results/g.csv"
+    pd.read_csv(path).assign(density=1, oracle_precision=0.6, oracle_recall=0.4).to_csv(path, index=False)
+    rows = table_of(tmp_path, "g-models")
+    assert rows[0][2:] == ["edges per agent", "precision", "recall", "precision by chance"]
+    assert rows[2][2:] == ["1.00", "0.60", "0.40", "0.75"]
+
+
 def test_every_panel_shows_all_of_its_curves(tmp_path):
     write_run(tmp_path / "output", "m", "star-1", 1, np.arange(11), seconds=5)
     write_run(tmp_path / "output", "m", "star-2", 1, 3 * np.arange(31), seconds=5)
