@@ -230,13 +230,11 @@ def train(world, policy, num_agents, observation, seed, iterations, ppo_iteratio
 
 
 def plan(seeds):
-    """(world, policy, N, observation, seed) of every run."""
-    runs = [("action-driven", "random", N, view) for N in ITERATIONS for view in OBSERVATIONS]
-    runs += [("action-driven", "trained", 5, view) for view in OBSERVATIONS]
-    runs += [(world, "random", 5, view) for world in ("state-driven", "unseen") for view in OBSERVATIONS]
-    runs += [("action-driven", "trained", 2, view) for view in OBSERVATIONS]
-    runs += [(world, "random", 2, view) for world in ("state-driven", "unseen") for view in OBSERVATIONS]
-    return [(*run, seed) for seed in range(1, seeds + 1) for run in runs if seed == 1 or run[2] < 50]  # 50 takes long
+    """(world, policy, N, observation, seed) of every run; N = 50, which takes long, with one seed."""
+    worlds = [("action-driven", policy, N) for policy in ("random", "trained") for N in ITERATIONS]
+    worlds += [(world, "random", N) for world in ("state-driven", "unseen") for N in (2, 5)]
+    runs = [(*world, view, seed) for seed in range(1, seeds + 1) for world in worlds for view in OBSERVATIONS]
+    return [run for run in runs if run[2] < 50 or run[4] == 1]
 
 
 def finished_runs(path):
