@@ -103,22 +103,28 @@ def means_between(folder, frames):
     return means
 
 
-def collect(output):
-    """Tidy table of the runs in output/<method>/<task>/seed<k>/; of a job's run folders, the one that got furthest."""
+def collect(output, methods=None, tasks=None):
+    """Tidy table of the runs in output/<method>/<task>/seed<k>/; of a job's run folders, the one that got furthest.
+
+    Without methods and tasks (as the folders are named): all runs. Raises UserError if there is none.
+    """
     runs = []
     for folder in sorted(output.glob("*/*/seed[0-9]*")):
+        method, task, seed = folder.relative_to(output).parts
+        if (methods and method not in methods) or (tasks and task not in tasks):
+            continue
         tables = [(path.parent, read_evaluations(path)) for path in sorted(folder.glob("runs/**/evaluations.csv"))]
         tables = sorted((pair for pair in tables if len(pair[1])), key=lambda pair: pair[1]["frames"].max())
         record = folder / "finished.json"
         seconds = json.loads(record.read_text())["duration_seconds"] if record.exists() else np.nan
-        method, task, seed = folder.relative_to(output).parts
         job = {"method": method, "task": task, "seed": int(seed.removeprefix("seed"))}
         for run_folder, table in tables[-1:]:
             finished = record.exists() and not goes_on(table, json.loads(record.read_text())["command"])
             means = means_between(run_folder, table["frames"])
             runs.append(table.assign(**job, finished=int(finished), seconds=np.round(seconds), **means))
     if not runs:
-        raise UserError(f"{output} holds no evaluations (METHOD/TASK/seed1/runs/*/evaluations.csv)")
+        whose = " of the grid's methods and tasks" if methods else ""
+        raise UserError(f"{output} holds no evaluations{whose} (METHOD/TASK/seed1/runs/*/evaluations.csv)")
     return pd.concat(runs, ignore_index=True)
 
 
@@ -680,14 +686,12 @@ def collect_grid(output, grid, experiments):
     """Merges the runs in the output folder that belong to the grid into its CSV."""
     if not grid or not re.fullmatch(r"\w+", grid):
         raise UserError("--collect needs --grid NAME, a name of letters, digits and underscores")
-    runs, path, definition = collect(output), experiments / f"results/{grid}.csv", experiments / f"grids/{grid}.yaml"
+    path, definition, wanted = experiments / f"results/{grid}.csv", experiments / f"grids/{grid}.yaml", ()
     if definition.exists():  # several grids may share an output folder
         settings = yaml.safe_load(definition.read_text())
         tasks = [task["env_id"].replace("/", "_") for task in settings["tasks"]]
-        methods = [method["name"] for method in settings["methods"]]
-        runs = runs[runs["method"].isin(methods) & runs["task"].isin(tasks)]
-        if runs.empty:
-            raise UserError(f"{output} holds no run of the grid {grid}")
+        wanted = [method["name"] for method in settings["methods"]], tasks
+    runs = collect(output, *wanted)
     write(merge(pd.read_csv(path), runs) if path.exists() else runs, path)
 
 

@@ -246,7 +246,7 @@ def test_collecting_none_of_the_grids_runs_is_an_error(tmp_path):
     write_run(tmp_path / "output", "m", "t", 1, [0, 1])
     (tmp_path / "experiments" / "grids").mkdir(parents=True)
     (tmp_path / "experiments" / "grids" / "g.yaml").write_text("{methods: [{name: other}], tasks: [{env_id: t}]}")
-    with pytest.raises(report.UserError, match="holds no run of the grid g"):
+    with pytest.raises(report.UserError, match="holds no evaluations of the grid's methods and tasks"):
         run(tmp_path, collect=tmp_path / "output", grid="g")
     assert not (tmp_path / "experiments" / "results").exists()
 
