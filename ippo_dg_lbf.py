@@ -92,7 +92,7 @@ class Args:
     """largest norm of the policy's and of the critic's gradient"""
 
     c: float = 0.9
-    """entropy-ratio threshold of an edge: 0 gives no edge (like local rewards), 1 nearly all (like global rewards)"""
+    """entropy-ratio threshold of an edge: 0 gives no edge (like local rewards), 1 most (like global rewards)"""
     graph: Literal["learned", "oracle", "random", "complete", "identity"] = "learned"
     """where the dependence graph comes from"""
     graph_p: float = 0.5
@@ -284,7 +284,7 @@ class GraphModels(nn.Module):
 def learned_graph(predictor_logits, reverse_logits, c):
     """i -> j iff H(q_psi(a^i | z^j, z'^j, z^i)) < c H(q_phi(a^i | z^i)), or i = j; H: entropy in nats.
 
-    Logits (B, N, A) and (B, N_i, N_j, A) -> graph (B, N_i, N_j) bool, and the entropies' means and their ratio.
+    Logits (B, N, A) and (B, N_i, N_j, A) -> graph (B, N_i, N_j) bool, mean entropies (i = j included), their ratio.
     """
     logprobs = [logits.detach().log_softmax(-1) for logits in (predictor_logits, reverse_logits)]
     predictor_entropy, reverse_entropy = (-(x.exp() * x).sum(-1) for x in logprobs)  # (B, N), (B, N_i, N_j)

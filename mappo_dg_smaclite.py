@@ -116,7 +116,7 @@ class Args:
     """largest norm of the policy's and of the critic's gradient"""
 
     c: float = 0.9
-    """entropy-ratio threshold of an edge: 0 gives no edge (like local rewards), 1 nearly all (like global rewards)"""
+    """entropy-ratio threshold of an edge: 0 gives no edge (like local rewards), 1 most (like global rewards)"""
     graph: Literal["learned", "random", "complete", "identity"] = "learned"
     """where the dependence graph comes from"""
     graph_p: float = 0.5
@@ -451,8 +451,8 @@ def chunks(T, E, N, pair_chunk):
 def learned_graph(models, obs, avail, active, c, pair_chunk):
     """i -> j iff H(q_psi(a^i | z^j, z'^j, z^i)) < c H(q_phi(a^i | z^i)), or i = j; H: entropy in nats.
 
-    Shapes as in GraphModels -> graph (T, E, N_i, N_j) bool, and the entropies' means and their ratio. The dead have no
-    edges but their own.
+    Shapes as in GraphModels -> graph (T, E, N_i, N_j) bool, the entropies' means (i = j included), their ratio. The
+    dead have no edges but their own.
     """
     T, E, N = active.shape
     graph, totals = torch.zeros((T, E, N, N), dtype=torch.bool, device=obs.device), torch.zeros(4, device=obs.device)

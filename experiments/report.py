@@ -366,7 +366,8 @@ def models_table(data):
             rows.append([label(task), label(method), *cells])
     columns = [MODELS.get(column, "precision by chance") for column in columns]
     note = "In training, mean over the last 10% of frames: mean ± standard deviation over seeds. Edges besides an "
-    note += "agent's own; entropies in nats; precision and recall against the oracle's graph."
+    note += "agent's own; entropies in nats; entropy ratio and q_psi over all pairs, i = j included, which are easier."
+    note += " Precision and recall against the oracle's graph." * ("oracle_recall" in finals)
     note += " By chance: the share of all pairs that the oracle connects, edges × precision / recall / (N - 1)." * (
         "precision by chance" in columns
     )
