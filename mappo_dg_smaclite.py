@@ -19,18 +19,24 @@ R: agents alive, of all steps in one row; P: pairs of them; D: observation size,
 alive (T, E): the step took place, its game was not over; active (T, E, N): and the agent was living.
 """
 
+import atexit
 import contextlib
+import csv
 import dataclasses
 import functools
+import importlib.util
 import io
+import json
 import math
 import multiprocessing
 import os
 import signal
 import sys
 import time
+import zipfile
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -41,7 +47,11 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-try:
+if os.name == "posix":
+    import fcntl
+
+HAVE_SMACLITE = all(importlib.util.find_spec(name) for name in ("smaclite", "rtree", "sklearn", "pygame"))
+if HAVE_SMACLITE:
     from smaclite.env.maps.map import MapPreset
     from smaclite.env.rvo2 import rvo2
     from smaclite.env.rvo2.neighbour_finder import NeighbourFinder
@@ -50,21 +60,22 @@ try:
     from smaclite.env.units.unit import Unit
     from smaclite.env.util.faction import Faction
     from smaclite.env.util.plane import Plane
-except ImportError as error:  # what does not play can be imported without it
-    missing = error
+else:  # what does not play can be imported without it
     NeighbourFinder = NumpyVelocityUpdater = SMACliteEnv = object
+
+SCRIPT = os.path.basename(__file__)[: -len(".py")]
 
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment"""
+    exp_name: str = SCRIPT
+    """the name of this experiment, part of the run folder's name"""
     seed: int = 1
     """seed of the networks, the environments and every random draw"""
     torch_deterministic: bool = True
-    """if toggled, PyTorch uses deterministic algorithms only"""
+    """on a GPU, use deterministic algorithms only (on a CPU all that is used here is deterministic)"""
     cuda: bool = False
-    """use a GPU (networks this small are faster on a core); set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"""
+    """use a GPU (networks this small are faster on a core)"""
     num_threads: int = 1
     """PyTorch threads"""
     track: bool = False
@@ -78,7 +89,7 @@ class Args:
     checkpoint_interval: int = 100_000
     """frames between two checkpoints (0: none but those of --save-model and of an interrupted run)"""
     resume: str | None = None
-    """path of a checkpoint.pt: continue that run exactly, in its own folder, also beyond --total-timesteps"""
+    """a run folder or its checkpoint.pt: continue that run exactly, in its own folder, also beyond --total-timesteps"""
 
     env_id: str = "MMM"
     """any map of SMAClite, or 25m_vs_30m"""
@@ -139,19 +150,44 @@ class UserError(Exception):
     """Ends the script with its one sentence on stderr and exit status 2."""
 
 
+def check_range(name, value, low, high=math.inf):
+    """Raise UserError unless low <= value <= high (which nan never is)."""
+    if not low <= value <= high:
+        raise UserError(f"{name} must lie in [{low}, {high}], not {value}")
+
+
 def check_args(args):
-    """Raise UserError for the first setting that makes no sense (settings that this script lacks are skipped)."""
-    counts = "total_timesteps num_envs num_workers eval_interval eval_episodes update_epochs hidden_dim num_threads"
-    amounts = "seed checkpoint_interval learning_rate clip_coef ent_coef max_grad_norm"
-    fractions = "gamma gae_lambda c graph_p edge_drop edge_add"
-    for names, low, high in ((counts + " pair_chunk", 1, torch.inf), (amounts, 0, torch.inf), (fractions, 0, 1)):
-        for name in names.split():
-            if not low <= getattr(args, name, low) <= high:
-                raise UserError(f"{name} must lie in [{low}, {high}], not {getattr(args, name)}")
-    if SMACliteEnv is object:
-        raise UserError(f"SMAClite is not installed ({missing}): see requirements-smaclite.txt, or use `uv run`")
-    if args.total_timesteps < (frames := args.num_envs * make_env(args.env_id, args.use_cpp_rvo2).time_limit):
+    """Raise UserError for the first setting that makes no sense."""
+    check_range("seed", args.seed, 0, 2**64 - 1)
+    check_range("num_threads", args.num_threads, 1)
+    check_range("checkpoint_interval", args.checkpoint_interval, 0)
+    check_range("total_timesteps", args.total_timesteps, 1)
+    check_range("num_envs", args.num_envs, 1)
+    check_range("num_workers", args.num_workers, 1)
+    check_range("eval_interval", args.eval_interval, 1)
+    check_range("eval_episodes", args.eval_episodes, 1)
+    check_range("hidden_dim", args.hidden_dim, 1)
+    check_range("learning_rate", args.learning_rate, 0)
+    check_range("gamma", args.gamma, 0, 1)
+    check_range("gae_lambda", args.gae_lambda, 0, 1)
+    check_range("update_epochs", args.update_epochs, 1)
+    check_range("clip_coef", args.clip_coef, 0)
+    check_range("ent_coef", args.ent_coef, 0)
+    check_range("max_grad_norm", args.max_grad_norm, 0)
+    if not HAVE_SMACLITE:
+        raise UserError("SMAClite or what it needs is not installed: see requirements-smaclite.txt, or use `uv run`")
+    frames = args.num_envs * make_env(args.env_id, args.use_cpp_rvo2).time_limit
+    if args.total_timesteps < frames:
         raise UserError(f"total_timesteps is {args.total_timesteps}, below one iteration ({frames} frames)")
+
+
+def check_graph_args(args):
+    """Raise UserError for the first setting of the dependence graph that makes no sense."""
+    check_range("c", args.c, 0, 1)
+    check_range("graph_p", args.graph_p, 0, 1)
+    check_range("edge_drop", args.edge_drop, 0, 1)
+    check_range("edge_add", args.edge_add, 0, 1)
+    check_range("pair_chunk", args.pair_chunk, 1)
 
 
 # ENVIRONMENT
@@ -329,15 +365,30 @@ def make_env(env_id, use_cpp_rvo2=False):
 
 
 def make_vector_env(args):
-    """args.num_envs environments, each in a process of its own."""
+    """args.num_envs environments, each in a process of its own, which ends with this one, however that comes about."""
 
     def make_worker_env():
         if multiprocessing.parent_process() is not None:
-            os.setpgrp()  # Ctrl-C and the like are for the main process, which saves first
+            os.setpgrp()  # Ctrl-C in the terminal is for the main process, which saves first
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(signum, signal.SIG_DFL)  # the main process's handlers would be inherited
         return make_env(args.env_id, args.use_cpp_rvo2)
 
-    options = {"autoreset_mode": AutoresetMode.DISABLED, "max_concurrency": args.num_workers}
-    return AsyncVectorEnv([make_worker_env] * args.num_envs, **options)
+    envs = AsyncVectorEnv(
+        [make_worker_env] * args.num_envs,
+        autoreset_mode=AutoresetMode.DISABLED,
+        max_concurrency=args.num_workers,
+    )
+    atexit.register(end_workers, envs)
+    return envs
+
+
+def end_workers(envs):
+    """End the environments' processes, whatever they are doing."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    envs.closed = True  # gymnasium's own close() would wait for a step that is under way
 
 
 # NETWORKS
@@ -349,29 +400,37 @@ class AgentNetwork(nn.Module):
 
     def __init__(self, in_dim, num_agents, hidden_dim, out_dim):
         super().__init__()
-        self.input, self.agent_id = nn.Linear(in_dim, hidden_dim), nn.Embedding(num_agents, hidden_dim)
-        nn.init.uniform_(self.agent_id.weight, -((in_dim + num_agents) ** -0.5), (in_dim + num_agents) ** -0.5)
-        self.hidden, self.output = nn.Linear(hidden_dim, hidden_dim), nn.Linear(hidden_dim, out_dim)
+        bound = (in_dim + num_agents) ** -0.5  # PyTorch's for a linear layer on [x, one-hot agent id]
+        self.input = nn.Linear(in_dim, hidden_dim)
+        self.agent_id = nn.Embedding(num_agents, hidden_dim)
+        nn.init.uniform_(self.agent_id.weight, -bound, bound)
+        self.hidden = nn.Linear(hidden_dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, x):
         x = torch.relu(self.input(x) + self.agent_id.weight)
-        return self.output(torch.relu(self.hidden(x)))
+        x = torch.relu(self.hidden(x))
+        return self.output(x)
 
 
 class Actor(nn.Module):
-    """Recurrent policy, shared by all agents: Linear, GRU, Linear; what an agent may not do has probability 0."""
+    """Recurrent policy, shared by all agents: Linear, GRU, Linear. What an agent may not do has probability 0."""
 
     def __init__(self, obs_dim, num_agents, num_actions, hidden_dim):
         super().__init__()
-        self.input, self.agent_id = nn.Linear(obs_dim, hidden_dim), nn.Embedding(num_agents, hidden_dim)
-        nn.init.uniform_(self.agent_id.weight, -((obs_dim + num_agents) ** -0.5), (obs_dim + num_agents) ** -0.5)
-        self.gru, self.output = nn.GRU(hidden_dim, hidden_dim), nn.Linear(hidden_dim, num_actions)
+        bound = (obs_dim + num_agents) ** -0.5  # PyTorch's for a linear layer on [obs, one-hot agent id]
+        self.input = nn.Linear(obs_dim, hidden_dim)
+        self.agent_id = nn.Embedding(num_agents, hidden_dim)
+        nn.init.uniform_(self.agent_id.weight, -bound, bound)
+        self.gru = nn.GRU(hidden_dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, num_actions)
 
     def forward(self, obs, avail, memory=None):
         """obs (T, E, N, D), avail (T, E, N, A) bool, memory (1, E * N, H) -> log-probabilities (T, E, N, A), memory."""
-        x = torch.relu(self.input(obs) + self.agent_id.weight).flatten(1, 2)  # (T, E * N, H)
-        x, memory = self.gru(x, memory)
-        return mask_logits(self.output(x).view(avail.shape), avail).log_softmax(-1), memory
+        x = torch.relu(self.input(obs) + self.agent_id.weight)  # (T, E, N, H)
+        x, memory = self.gru(x.flatten(1, 2), memory)  # (T, E * N, H)
+        logits = self.output(x).view(avail.shape)
+        return mask_logits(logits, avail).log_softmax(-1), memory
 
 
 class Critic(AgentNetwork):
@@ -396,17 +455,28 @@ def mlp(*sizes):
 
 
 class ReverseModel(nn.Module):
-    """q_psi(a^i | z^j, z'^j, z^i), what i did from what became of j: (..., N, Z) -> logits of a^i, P pairs, (P, A)."""
+    """q_psi(a^i | z^j, z'^j, z^i): what i did, told from what became of j. Logits of a^i for pairs of agents."""
 
     def __init__(self, latent_dim, num_actions):
         super().__init__()
         # the first layer sees the three vectors side by side: computed once per agent, added per pair
-        self.influencer, self.influenced = nn.Linear(latent_dim, 256), nn.Linear(2 * latent_dim, 256)
+        self.influencer = nn.Linear(latent_dim, 256)
+        self.influenced = nn.Linear(2 * latent_dim, 256)
         self.head = nn.Sequential(nn.ReLU(), nn.LayerNorm(256), mlp(256, 128, 128, num_actions))
 
     def forward(self, z, z_next, pairs):
-        influenced = self.influenced(torch.cat([z, z_next], -1))  # (..., N_j, 256)
-        return self.head((self.influencer(z).unsqueeze(-2) + influenced.unsqueeze(-3))[pairs])
+        """z and z_next (..., N, Z), pairs (..., N_i, N_j) bool, P of them true -> (P, A)."""
+        influencer = self.influencer(z).unsqueeze(-2)  # (..., N_i, 1, 256)
+        influenced = self.influenced(torch.cat([z, z_next], -1)).unsqueeze(-3)  # (..., 1, N_j, 256)
+        return self.head((influencer + influenced)[pairs])
+
+
+class GraphLogits(NamedTuple):
+    """What the graph models predict of a^i, unavailable actions masked in all, so that entropies can be compared."""
+
+    single_reverse_model: torch.Tensor  # (R, A)
+    action_predictor: torch.Tensor  # (R, A)
+    reverse_model: torch.Tensor
 
 
 class GraphModels(nn.Module):
@@ -414,26 +484,30 @@ class GraphModels(nn.Module):
 
     def __init__(self, obs_dim, num_actions, encoder=True, latent_dim=64):
         super().__init__()
-        latent_dim = latent_dim if encoder else obs_dim
-        self.encoder = mlp(obs_dim, 64, 64, latent_dim) if encoder else nn.Identity()
+        if encoder:
+            self.encoder = mlp(obs_dim, 64, 64, latent_dim)
+        else:
+            self.encoder = nn.Identity()
+            latent_dim = obs_dim
         self.single_reverse_model = mlp(2 * latent_dim, 256, 128, 128, num_actions)
         self.action_predictor = mlp(latent_dim, 256, 128, 128, num_actions)
         self.reverse_model = ReverseModel(latent_dim, num_actions)
 
     def forward(self, obs, avail, active):
-        """Logits of what the living did, unavailable actions masked in all, so that the entropies can be compared.
-
-        obs (T+1, E, N, D), avail (T, E, N, A), active (T, E, N) -> single-agent reverse model, which alone trains the
-        encoder, and action predictor (R, A), reverse model (P, A), the pairs (T, E, N_i, N_j) bool.
-        """
+        """obs (T+1, E, N, D), avail (T, E, N, A) bool, active (T, E, N) bool -> GraphLogits of what the living did."""
         latent = self.encoder(obs)  # (T+1, E, N, Z)
-        z, z_next, pairs = latent[:-1], latent[1:], living_pairs(active)
+        z = latent[:-1]
+        z_next = latent[1:]
         single = self.single_reverse_model(torch.cat([z[active], z_next[active]], -1))
-        z, z_next = z.detach(), z_next.detach()
-        predicted, reverse = self.action_predictor(z[active]), self.reverse_model(z, z_next, pairs)
-        pair_avail = avail.unsqueeze(-2).expand(*pairs.shape, avail.shape[-1])[pairs]  # of the influencer
-        single, predicted = (mask_logits(logits, avail[active]) for logits in (single, predicted))
-        return single, predicted, mask_logits(reverse, pair_avail), pairs
+        z, z_next = z.detach(), z_next.detach()  # the single-agent reverse model alone trains the encoder
+        predictor = self.action_predictor(z[active])
+        pairs = living_pairs(active)
+        reverse = self.reverse_model(z, z_next, pairs)
+        own_avail = avail[active]
+        pair_avail = avail.unsqueeze(-2).expand(*pairs.shape, avail.shape[-1])[pairs]  # the influencer's
+        return GraphLogits(
+            mask_logits(single, own_avail), mask_logits(predictor, own_avail), mask_logits(reverse, pair_avail)
+        )
 
 
 def living_pairs(active):
@@ -441,32 +515,50 @@ def living_pairs(active):
     return active.unsqueeze(-1) & active.unsqueeze(-2)
 
 
-def chunks(T, E, N, pair_chunk):
-    """Slices of the time axis with at most pair_chunk pairs of agents each (at least one step)."""
+def time_chunks(T, E, N, pair_chunk):
+    """Slices of the time axis with at most pair_chunk pairs of agents each (at least one step): bounds the memory."""
     steps = max(1, pair_chunk // (E * N * N))
     return [slice(start, min(start + steps, T)) for start in range(0, T, steps)]
+
+
+def entropy(logits):
+    """Entropy in nats of the distributions with these logits, (..., A) -> (...)."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 @torch.no_grad()
 def learned_graph(models, obs, avail, active, c, pair_chunk):
     """i -> j iff H(q_psi(a^i | z^j, z'^j, z^i)) < c H(q_phi(a^i | z^i)), or i = j; H: entropy in nats.
 
-    Shapes as in GraphModels -> graph (T, E, N_i, N_j) bool, the entropies' means (i = j included), their ratio. The
-    dead have no edges but their own.
+    Shapes as in GraphModels -> graph (T, E, N_i, N_j) bool, mean entropies (i = j included), their ratio. The dead have
+    no edges but their own.
     """
     T, E, N = active.shape
-    graph, totals = torch.zeros((T, E, N, N), dtype=torch.bool, device=obs.device), torch.zeros(4, device=obs.device)
-    for part in chunks(T, E, N, pair_chunk):
-        following = slice(part.start, part.stop + 1)
-        _, predicted, reverse, pairs = models(obs[following], avail[part], active[part])
-        logprobs = predicted.log_softmax(-1), reverse.log_softmax(-1)
-        predictor_entropy, reverse_entropy = (-(x.exp() * x).sum(-1) for x in logprobs)  # (R), (P)
-        own_entropy = torch.zeros(pairs.shape[:-1], device=obs.device).masked_scatter(active[part], predictor_entropy)
-        graph[part][pairs] = reverse_entropy < c * own_entropy.unsqueeze(-1).expand(pairs.shape)[pairs]
-        totals += torch.stack([predictor_entropy.sum(), active[part].sum(), reverse_entropy.sum(), pairs.sum()])
+    graph = torch.zeros((T, E, N, N), dtype=torch.bool, device=obs.device)
+    predictor_total = torch.zeros((), device=obs.device)
+    reverse_total = torch.zeros((), device=obs.device)
+    for part in time_chunks(T, E, N, pair_chunk):
+        with_next = slice(part.start, part.stop + 1)
+        logits = models(obs[with_next], avail[part], active[part])
+        pairs = living_pairs(active[part])
+        predictor_entropy = entropy(logits.action_predictor)  # (R)
+        reverse_entropy = entropy(logits.reverse_model)  # (P)
+        own_entropy = torch.zeros(active[part].shape, device=obs.device)  # (T, E, N)
+        own_entropy[active[part]] = predictor_entropy
+        influencer_entropy = own_entropy.unsqueeze(-1).expand(pairs.shape)[pairs]  # (P)
+        graph[part][pairs] = reverse_entropy < c * influencer_entropy
+        predictor_total += predictor_entropy.sum()
+        reverse_total += reverse_entropy.sum()
     graph.diagonal(dim1=-2, dim2=-1).fill_(True)
-    means = {"predictor_entropy": totals[0] / totals[1], "reverse_entropy": totals[2] / totals[3]}
-    return graph, means | {"entropy_ratio": means["reverse_entropy"] / means["predictor_entropy"]}
+    predictor_mean = predictor_total / active.sum()
+    reverse_mean = reverse_total / living_pairs(active).sum()
+    statistics = {
+        "predictor_entropy": predictor_mean,
+        "reverse_entropy": reverse_mean,
+        "entropy_ratio": reverse_mean / predictor_mean,
+    }
+    return graph, statistics
 
 
 def change_edges(graph, drop, add):
@@ -477,65 +569,113 @@ def change_edges(graph, drop, add):
     return graph
 
 
+def dependence_graph(args, models, obs, avail, active):
+    """The graph that the options ask for, (T, E, N_i, N_j) bool, and what is to be logged of a learned one.
+
+    obs (T+1, E, N, D), avail (T, E, N, A) bool, active (T, E, N) bool. The dead have no edges but their own.
+    """
+    N = active.shape[-1]
+    identity = torch.eye(N, dtype=torch.bool, device=active.device).expand(*active.shape, N)
+    charts = {}
+    if args.graph == "learned":
+        change_edges(identity, drop=0.0, add=0.0)
+        graph, charts = learned_graph(models, obs, avail, active, args.c, args.pair_chunk)
+    elif args.graph == "random":
+        graph = change_edges(identity, drop=0.0, add=args.graph_p)
+    elif args.graph == "complete":
+        graph = change_edges(identity, drop=0.0, add=1.0)
+    else:
+        graph = change_edges(identity, drop=0.0, add=0.0)
+    if args.transpose_graph:
+        graph = graph.transpose(-1, -2)
+    graph = change_edges(graph, args.edge_drop, args.edge_add)
+    return graph & living_pairs(active), charts
+
+
+def graph_statistics(graph, active):
+    """Edges per living agent besides its own; graph (T, E, N, N), without edges of the dead, active (T, E, N)."""
+    return {"density": (graph.sum() - active.sum()) / active.sum()}
+
+
+def summed_cross_entropy(logits, actions):
+    """Sum of the cross-entropies of predicted actions; logits (R, A), actions (R)."""
+    return nn.functional.cross_entropy(logits, actions, reduction="sum")
+
+
+def hits(logits, actions):
+    """How many of the actions are the most likely ones; logits (R, A), actions (R)."""
+    return (logits.argmax(-1) == actions).sum()
+
+
 def update_graph_models(models, optimizer, obs, avail, active, actions, pair_chunk):
-    """One step on the cross-entropy of each prediction of a^i over all the living, its gradient summed up by chunks."""
-    names, metrics = ("single_reverse_model", "action_predictor", "reverse_model"), {}
-    counts = active.sum(), active.sum(), living_pairs(active).sum()
-    losses = torch.zeros((3, 2))  # loss and accuracy of each model
+    """One step on the cross-entropy of each prediction of a^i over all the living, its gradient summed up by chunks.
+
+    Shapes as in GraphModels, actions (T, E, N) -> losses and accuracies. UserError if a loss is not finite.
+    """
+    num_own = active.sum()
+    num_pairs = living_pairs(active).sum()
+    metrics = defaultdict(float)
     optimizer.zero_grad()
-    for part in chunks(*active.shape, pair_chunk):
-        *logits, pairs = models(obs[part.start : part.stop + 1], avail[part], active[part])
-        own, of_influencer = actions[part][active[part]], actions[part].unsqueeze(-1).expand(pairs.shape)[pairs]
-        loss = 0
-        for k, (logit, target) in enumerate(zip(logits, (own, own, of_influencer))):
-            share = nn.functional.cross_entropy(logit, target, reduction="sum") / counts[k]
-            loss = loss + share
-            losses[k] += torch.stack([share.detach(), (logit.argmax(-1) == target).sum() / counts[k]]).cpu()
+    for part in time_chunks(*active.shape, pair_chunk):
+        with_next = slice(part.start, part.stop + 1)
+        logits = models(obs[with_next], avail[part], active[part])
+        pairs = living_pairs(active[part])
+        own_actions = actions[part][active[part]]  # (R)
+        pair_actions = actions[part].unsqueeze(-1).expand(pairs.shape)[pairs]  # (P): every j of a pair (i, j) tells a^i
+        single_loss = summed_cross_entropy(logits.single_reverse_model, own_actions) / num_own
+        predictor_loss = summed_cross_entropy(logits.action_predictor, own_actions) / num_own
+        reverse_loss = summed_cross_entropy(logits.reverse_model, pair_actions) / num_pairs
+        # one sum, one Adam: no two of the losses share a weight and Adam treats every weight by itself
+        loss = single_loss + predictor_loss + reverse_loss
         loss.backward()
+        metrics["single_reverse_model_loss"] += single_loss.detach()
+        metrics["single_reverse_model_accuracy"] += hits(logits.single_reverse_model, own_actions) / num_own
+        metrics["action_predictor_loss"] += predictor_loss.detach()
+        metrics["action_predictor_accuracy"] += hits(logits.action_predictor, own_actions) / num_own
+        metrics["reverse_model_loss"] += reverse_loss.detach()
+        metrics["reverse_model_accuracy"] += hits(logits.reverse_model, pair_actions) / num_pairs
     norm = nn.utils.clip_grad_norm_(models.parameters(), torch.inf)
-    if not (losses.isfinite().all() and norm.isfinite()):
-        text = ", ".join(f"{name}_loss is {loss:g}" for name, loss in zip(names, losses[:, 0].tolist()))
-        raise UserError(f"{text} and the norm of their gradient {norm.item()}")
+    if not norm.isfinite():
+        losses = ", ".join(f"{name} is {value:g}" for name, value in metrics.items() if name.endswith("_loss"))
+        raise UserError(f"{losses} and the norm of their gradient {norm.item()}")
     optimizer.step()
-    for name, (loss, accuracy) in zip(names, losses):
-        metrics |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
-    return metrics
+    return dict(metrics)
 
 
 # ADVANTAGES
 def gae(rewards, values, terminated, alive, gamma, gae_lambda):
     """Every agent's own generalized advantage estimate (Schulman et al. 2016) over whole, padded episodes.
 
-    rewards (T, E, N), values (T+1, E, N), terminated and alive (T, E) -> (T, E, N), 0 in the padding. An episode that
-    ends without `terminated` bootstraps from the value after its last step.
+    rewards (T, E, N), values (T+1, E, N), terminated and alive (T, E) bool -> (T, E, N), 0 in the padding. An episode
+    that ends without `terminated` bootstraps from the value after its last step.
     """
-    alive, terminated = alive.bool().unsqueeze(-1), terminated.bool().unsqueeze(-1)  # (T, E, 1)
-    next_values = values[1:].masked_fill(terminated, 0.0)
-    deltas = (rewards + gamma * next_values - values[:-1]).masked_fill(~alive, 0.0)
-    discounts = gamma * gae_lambda * (alive & ~terminated).to(deltas.dtype)
-    advantages = torch.zeros_like(deltas)
-    last = torch.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        last = torch.addcmul(deltas[t], discounts[t], last, out=advantages[t])
+    advantages = torch.zeros_like(rewards)
+    last_advantage = torch.zeros_like(rewards[0])  # (E, N)
+    for t in reversed(range(len(rewards))):
+        next_values = values[t + 1].masked_fill(terminated[t].unsqueeze(-1), 0.0)
+        delta = rewards[t] + gamma * next_values - values[t]
+        last_advantage = last_advantage.masked_fill(terminated[t].unsqueeze(-1), 0.0)
+        last_advantage = torch.addcmul(delta, torch.tensor(gamma * gae_lambda, device=delta.device), last_advantage)
+        last_advantage = last_advantage.masked_fill(~alive[t].unsqueeze(-1), 0.0)
+        advantages[t] = last_advantage
     return advantages
 
 
 def meeting_times(graph, alive):
     """First time m >= t at which something that i did at t can have reached j, along edges of t, t+1, ..., m.
 
-    graph (T, E, N, N) bool, alive (T, E) -> (T, E, N_i, N_j) float, inf if the episode ends before. An edge i -> j at t
-    gives m_t[i, j] = t; otherwise m_t[i, j] = min over k with an edge i -> k of m_t+1[k, j]: one backward sweep.
+    graph (T, E, N, N) bool, alive (T, E) bool -> (T, E, N_i, N_j) float, inf if the episode ends before. One backward
+    sweep: an edge i -> j at t gives m_t[i, j] = t, otherwise m_t[i, j] = min over k with an edge i -> k of m_t+1[k, j].
     """
     T, E, N, _ = graph.shape
     eye = torch.eye(N, dtype=torch.bool, device=graph.device)
-    edges = (graph.bool() | eye) & alive.bool()[..., None, None]
-    # adding inf where there is no edge i -> k leaves the minimum to the k that i influences
-    penalty = torch.zeros(edges.shape, device=graph.device).masked_fill(~edges, torch.inf).unsqueeze(-1)
+    edges = (graph | eye) & alive[..., None, None]
     times = torch.empty(edges.shape, device=graph.device)
     following = torch.full((E, N, N), torch.inf, device=graph.device)  # m_t+1[k, j]
     for t in reversed(range(T)):
         following.diagonal(dim1=-2, dim2=-1).fill_(t)  # via k = j: an edge i -> j now
-        following = (penalty[t] + following.unsqueeze(-3)).amin(-2)
+        through_k = torch.where(edges[t].unsqueeze(-1), following.unsqueeze(-3), torch.inf)  # (E, N_i, N_k, N_j)
+        following = through_k.amin(-2)
         times[t] = following
     return times
 
@@ -548,46 +688,91 @@ def multi_agent_gae(rewards, values, terminated, alive, graph, gamma, gae_lambda
 
     which equals the paper's double sum over path weights, in O(T). Shapes as in gae and meeting_times -> (T, E, N).
     """
-    alive = alive.bool()
     own = gae(rewards, values, terminated, alive, gamma, gae_lambda)  # (T, E, N)
-    met = meeting_times(graph, alive)  # (T, E, N_i, N_j)
-    never = met.isinf()
-    delay = met - torch.arange(len(met), device=met.device).view(-1, 1, 1, 1)
-    at_meeting = own.unsqueeze(2).expand(met.shape).gather(0, met.masked_fill(never, 0).long())  # GAE^j_m
-    hard = ((gamma * gae_lambda) ** delay * at_meeting).masked_fill(never, 0.0).sum(-1)
-    return (1 - gae_lambda) * own.sum(-1, keepdim=True) + gae_lambda * hard if soft else hard
+    meeting = meeting_times(graph, alive)  # (T, E, N_i, N_j)
+    never = meeting.isinf()
+    now = torch.arange(len(meeting), device=meeting.device).view(-1, 1, 1, 1)
+    discount = (gamma * gae_lambda) ** (meeting - now)
+    index = meeting.masked_fill(never, 0).long()
+    at_meeting = own.unsqueeze(2).expand(meeting.shape).gather(0, index)  # GAE^j_m
+    hard = (discount * at_meeting).masked_fill(never, 0.0).sum(-1)
+    if not soft:
+        return hard
+    return (1 - gae_lambda) * own.sum(-1, keepdim=True) + gae_lambda * hard
 
 
 # ROLLOUT
-@torch.no_grad()
-def collect(envs, actor, seeds, device, greedy=False):
-    """Play one whole episode in every environment, its game drawn from its seed; T is the longest episode's length.
+class Rollout(NamedTuple):
+    """One whole game of every environment; T is the length of the longest."""
 
-    Returns obs (T+1, E, N, D) and state (T+1, E, S) with those after the last step, avail (T, E, N, A) bool, active
-    (T, E, N) bool: the agent was alive, actions, logprobs, rewards (T, E, N), terminated, alive (T, E) bool: the step
-    took place, won (E) bool.
+    obs: torch.Tensor  # (T+1, E, N, D), with the observation after the last step
+    state: torch.Tensor  # (T+1, E, S)
+    avail: torch.Tensor  # (T, E, N, A) bool: the actions that are available
+    active: torch.Tensor  # (T, E, N) bool: the step took place and the agent was living
+    actions: torch.Tensor  # (T, E, N) int64
+    logprobs: torch.Tensor  # (T, E, N)
+    rewards: torch.Tensor  # (T, E, N), each agent's own
+    terminated: torch.Tensor  # (T, E) bool: the step ended the game in a terminal state
+    alive: torch.Tensor  # (T, E) bool: the step took place; what follows a game's end is padding
+    won: torch.Tensor
+
+
+@torch.no_grad()
+def collect(envs, actor, seeds, device, greedy=False, generator=None):
+    """Play one whole game in every environment, drawn from its seed -> Rollout.
+
+    Random draws: the generator's, or PyTorch's own.
     """
     envs.reset_async(seed=[int(seed) for seed in seeds])
     obs, info = envs.reset_wait(timeout=300)
-    observations, states, steps = [obs], [info["state"]], []
-    running, won, memory = np.ones(len(obs), dtype=bool), np.zeros(len(obs), dtype=bool), None
+    steps = defaultdict(list)
+    running = np.ones(len(obs), dtype=bool)
+    won = np.zeros(len(obs), dtype=bool)
+    memory = None
     while running.any():
-        avail, active = info["avail_actions"], info["alive"] & running[:, None]
-        inputs = (torch.from_numpy(x).unsqueeze(0).to(device) for x in (obs, avail))
-        policy, memory = actor(*inputs, memory)
-        policy = policy[0].cpu()  # (E, N, A)
-        # Gumbel-max: the argmax of log-probabilities plus Gumbel noise is a sample, at a third of Categorical's cost
-        noise = 0.0 if greedy else torch.empty_like(policy).exponential_().log()
-        actions = (policy - noise).argmax(-1)
-        logprobs = policy.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        steps["obs"].append(obs)
+        steps["state"].append(info["state"])
+        steps["avail"].append(info["avail_actions"])
+        steps["active"].append(info["alive"] & running[:, None])
+        steps["alive"].append(running)
+        obs_now = torch.from_numpy(obs).unsqueeze(0).to(device)  # (1, E, N, D)
+        avail_now = torch.from_numpy(info["avail_actions"]).unsqueeze(0).to(device)
+        all_logprobs, memory = actor(obs_now, avail_now, memory)
+        all_logprobs = all_logprobs[0].cpu()  # (E, N, A)
+        if greedy:
+            actions = all_logprobs.argmax(-1)
+        else:
+            # Gumbel-max: log-probabilities plus Gumbel noise, a sample at a third of the cost of Categorical
+            exponential = torch.empty_like(all_logprobs).exponential_(generator=generator)
+            actions = (all_logprobs - exponential.log()).argmax(-1)
+        logprobs = all_logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
         envs.step_async(actions.numpy())
         obs, _, terminated, truncated, info = envs.step_wait(timeout=300)
-        steps.append((avail, active, actions, logprobs, info["rewards"], terminated & running, running.copy()))
-        observations.append(obs)
-        states.append(info["state"])
-        running, won = running & ~(terminated | truncated), won | info["battle_won"]
-    arrays = [np.stack(observations), np.stack(states), *(np.stack(column) for column in zip(*steps)), won]
-    return [torch.from_numpy(array).to(device) for array in arrays]
+        steps["actions"].append(actions.numpy())
+        steps["logprobs"].append(logprobs.numpy())
+        steps["rewards"].append(info["rewards"])
+        steps["terminated"].append(terminated & running)
+        running = running & ~(terminated | truncated)
+        won = won | info["battle_won"]
+    steps["obs"].append(obs)
+    steps["state"].append(info["state"])
+    tensors = {name: torch.from_numpy(np.stack(arrays)).to(device) for name, arrays in steps.items()}
+    return Rollout(**tensors, won=torch.from_numpy(won).to(device))
+
+
+def episode_charts(rollout):
+    """Means over the games of a rollout, for TensorBoard."""
+    agent_returns = rollout.rewards.sum(0).mean(0)  # (N)
+    dead = rollout.alive.unsqueeze(-1) & ~rollout.active  # (T, E, N), before the last step
+    charts = {
+        "episodic_return": agent_returns.sum(),
+        "episodic_length": rollout.alive.sum(0).float().mean(),
+        "win_rate": rollout.won.float().mean(),
+        "deaths": dead.any(0).float().sum(-1).mean(),
+    }
+    for i, agent_return in enumerate(agent_returns):
+        charts[f"episodic_return_agent_{i}"] = agent_return
+    return charts
 
 
 # PPO UPDATE
@@ -601,106 +786,405 @@ def gradient_step(optimizer, loss, name, max_grad_norm=torch.inf):
     optimizer.step()
 
 
-def ppo_update(actor, critic, actor_optimizer, critic_optimizer, batch, args):
+def ppo_update(actor, critic, actor_optimizer, critic_optimizer, rollout, advantages, value_targets, args):
     """update_epochs times a critic step, then a policy step, each on the whole batch (Schulman et al. 2017).
 
-    batch: obs (T, E, N, D), state (T, E, S), avail (T, E, N, A), active (T, E, N), alive (T, E), actions, logprobs,
-    advantages, returns (T, E, N) -> means over the epochs. The policy learns from the living; the critic from every
-    step, since the dead still receive their share of a victory. UserError if a loss is not finite.
+    advantages, value_targets (T, E, N) -> means over the epochs. The policy learns from the living; the critic from
+    every step, since the dead still receive their share of a victory. UserError if a loss is not finite.
     """
-    obs, state, avail, active, alive, actions, logprobs, advantages, returns = batch
-    advantages, history = advantages[active], []  # (R)
-    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if args.norm_adv else advantages
+    active = rollout.active
+    alive = rollout.alive
+    state = rollout.state[:-1][alive]  # (B, S)
+    value_targets = value_targets[alive]  # (B, N)
+    advantages = advantages[active]  # (R)
+    old_logprobs = rollout.logprobs[active]
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    history = defaultdict(list)
     for _ in range(args.update_epochs):
-        value_loss = 0.5 * ((critic(state[alive]) - returns[alive]) ** 2).mean()
+        value_loss = 0.5 * ((critic(state) - value_targets) ** 2).mean()
         gradient_step(critic_optimizer, value_loss, "value_loss", args.max_grad_norm)
 
-        policy, _ = actor(obs, avail)  # (T, E, N, A)
-        entropy = -(policy.exp() * policy).sum(-1)[active].mean()
-        logratio = (policy.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - logprobs)[active]  # (R)
+        all_logprobs, _ = actor(rollout.obs[:-1], rollout.avail)  # (T, E, N, A)
+        entropy_loss = -(all_logprobs.exp() * all_logprobs).sum(-1)[active].mean()
+        logprobs = all_logprobs.gather(-1, rollout.actions.unsqueeze(-1)).squeeze(-1)[active]  # (R)
+        logratio = logprobs - old_logprobs
         ratio = logratio.exp()
-        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        policy_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
-        gradient_step(actor_optimizer, policy_loss - args.ent_coef * entropy, "policy_loss", args.max_grad_norm)
+        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        policy_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
+        gradient_step(actor_optimizer, policy_loss - args.ent_coef * entropy_loss, "policy_loss", args.max_grad_norm)
 
-        approx_kl = (ratio - 1 - logratio).mean()
-        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-        history.append(torch.stack([value_loss, policy_loss, entropy, approx_kl, clipfrac, ratio.mean()]).detach())
-    names = ("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac")
-    return dict(zip(names, torch.stack(history).mean(0))) | {"first_ratio": history[0][-1]}  # must be 1
+        history["value_loss"].append(value_loss.detach())
+        history["policy_loss"].append(policy_loss.detach())
+        history["entropy"].append(entropy_loss.detach())
+        history["approx_kl"].append((ratio - 1 - logratio).mean().detach())
+        history["clipfrac"].append(((ratio - 1).abs() > args.clip_coef).float().mean())
+        history["ratio"].append(ratio.mean().detach())
+    first_ratio = history.pop("ratio")[0]  # must be 1
+    means = {name: torch.stack(values).mean() for name, values in history.items()}
+    return means | {"first_ratio": first_ratio}
+
+
+def explained_variance(values, value_targets):
+    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for one that predicts the mean."""
+    return 1 - (value_targets - values).var() / value_targets.var()
 
 
 # EVALUATION
+def evaluation_is_due(evaluations, global_step, args):
+    """At the start, whenever global_step has passed a multiple of eval_interval, and at the end."""
+    if not evaluations:
+        return True
+    at_end = global_step >= args.total_timesteps and global_step > evaluations[-1]["global_step"]
+    return at_end or global_step // args.eval_interval > evaluations[-1]["evaluation"]
+
+
 def evaluate(envs, actor, args, index, device):
     """Play eval_episodes episodes -> per-agent returns (episodes, N), won (episodes) bool.
 
     The games depend on args.seed and the index of the evaluation alone: every script plays the same ones.
     """
-    episodes = args.num_envs * math.ceil(args.eval_episodes / args.num_envs)  # every environment plays each time
-    seeds, returns, won = np.random.SeedSequence([args.seed, 1, index]).generate_state(episodes), [], []
-    with torch.random.fork_rng(devices=[]):  # training goes on as if there had been no evaluation
-        torch.manual_seed(int(seeds[0]))
-        for k in range(0, args.eval_episodes, args.num_envs):
-            *_, rewards, _, _, wins = collect(envs, actor, seeds[k : k + args.num_envs], device, args.eval_greedy)
-            returns.append(rewards.sum(0).cpu())
-            won.append(wins.cpu())
-    return torch.cat(returns)[: args.eval_episodes], torch.cat(won)[: args.eval_episodes]
+    rounds = math.ceil(args.eval_episodes / args.num_envs)  # every environment plays each time
+    seeds = np.random.SeedSequence([args.seed, 1, index]).generate_state(rounds * args.num_envs)
+    generator = torch.Generator().manual_seed(int(seeds[0]))  # training's random draws stay as they are
+    agent_returns = []
+    won = []
+    for round_seeds in seeds.reshape(rounds, args.num_envs):
+        rollout = collect(envs, actor, round_seeds, device, args.eval_greedy, generator)
+        agent_returns.append(rollout.rewards.sum(0).cpu())
+        won.append(rollout.won.cpu())
+    return torch.cat(agent_returns)[: args.eval_episodes], torch.cat(won)[: args.eval_episodes]
 
 
-# CHECKPOINTS
+def evaluation_row(agent_returns, won, global_step, args):
+    """A row of evaluations.csv from the returns (episodes, N) and won (episodes)."""
+    team_returns = agent_returns.sum(-1)
+    index = global_step // args.eval_interval
+    row = {
+        "global_step": global_step,
+        "evaluation": index,
+        "nominal_step": index * args.eval_interval,  # when it was due
+        "episodic_return": team_returns.mean().item(),
+        "episodic_return_std": team_returns.std(correction=0).item(),
+        "episodes": len(team_returns),
+        "win_rate": won.float().mean().item(),
+    }
+    for i, mean in enumerate(agent_returns.mean(0).tolist()):
+        row[f"episodic_return_agent_{i}"] = mean
+    return row
+
+
+# RUN FOLDER: what keeps a run from being lost. Skip it on first reading.
+class Stopped(Exception):
+    """A stop signal has come: what is half done is dropped, the run is saved and ends."""
+
+
+class StopSignals:
+    """Ctrl-C, SIGTERM and SIGHUP: the run is saved and ends with status 128 + signal. A second one ends it at once.
+
+    They cut short what stands under `with stop_signals.raised():`, which changes nothing that is saved. Everything else
+    is finished first.
+    """
+
+    def __init__(self):
+        self.received = None
+        self.raising = False
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            signals.append(signal.SIGHUP)
+        for signum in signals:
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum, frame):
+        if self.received:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        self.received = signum
+        if self.raising:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def raised(self):
+        """Raise Stopped as soon as a signal comes, or at once if one has come before."""
+        self.raising = True
+        try:
+            if self.received:
+                raise Stopped
+            yield
+        finally:
+            self.raising = False
+
+
+class LastingStream:
+    """stdout or stderr, which may be closed or lose its reader: what nobody reads is dropped and the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")
+
+    def flush(self):
+        pass  # write() has
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """UserError for a full disk, a folder that is gone or read-only, and the like."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def write_atomically(path, data):
     """Write bytes to a temporary file and rename it: whenever the process is killed, path is whole, old or new."""
-    with open(path + ".tmp", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def parse_args(script):
-    """The checked command line and, under --resume, the checkpoint, which provides the settings that are not given."""
-    args, checkpoint = tyro.cli(Args), None
-    if args.resume:
+    temporary = path + ".tmp"
+    with writing(path):
         try:
-            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            writer, saved = checkpoint["script"], dict(checkpoint["args"])
-        except Exception as error:
-            raise UserError(f"--resume: {args.resume} is not a whole checkpoint ({type(error).__name__})") from error
-        if writer != script or saved.keys() != vars(args).keys():
-            raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
-        args = tyro.cli(Args, default=Args(**saved))
-        free = "resume save_model checkpoint_interval num_workers track wandb_project_name wandb_entity"
-        for name in saved.keys() - free.split():
-            if getattr(args, name) != saved[name] and (name != "total_timesteps" or args.total_timesteps < saved[name]):
-                raise UserError(f"--resume: {name} is {getattr(args, name)} here, {saved[name]} in the checkpoint")
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+
+
+def load_checkpoint(path):
+    """A checkpoint as the dict that save_checkpoint has written; UserError if it is not a whole one of this script."""
+    if not os.path.exists(path):
+        raise UserError(f"--resume: {path} does not exist")
+    try:
+        with open(path, "rb") as file:
+            data = io.BytesIO(file.read())
+        damaged = zipfile.ZipFile(data).testzip()  # torch.load itself does not look at the checksums
+        if damaged:
+            raise zipfile.BadZipFile(damaged)
+        data.seek(0)
+        checkpoint = dict(torch.load(data, map_location="cpu", weights_only=True))
+        script = checkpoint["script"]
+        settings = set(checkpoint["args"])
+    except Exception as error:
+        raise UserError(f"--resume: {path} is not a whole checkpoint ({type(error).__name__})") from error
+    if script != SCRIPT or settings != set(vars(Args())):
+        raise UserError(f"--resume: {path} was written by {script}.py or by another version of it")
+    return checkpoint
+
+
+def parse_args():
+    """The checked command line and the checkpoint of --resume or None."""
+    args = tyro.cli(Args)
+    checkpoint = None
+    if args.resume is not None:
+        path = args.resume
+        if os.path.isdir(path):
+            path = os.path.join(path, "checkpoint.pt")
+        checkpoint = load_checkpoint(path)
+        saved = checkpoint["args"]
+        args = tyro.cli(Args, default=Args(**saved))  # what the command line does not give is as it was
+        args.resume = path
+        free = {
+            "resume",
+            "save_model",
+            "checkpoint_interval",
+            "num_workers",
+            "track",
+            "wandb_project_name",
+            "wandb_entity",
+        }
+        for name, value in vars(args).items():
+            longer = name == "total_timesteps" and value >= saved[name]
+            if value != saved[name] and name not in free and not longer:
+                raise UserError(f"--resume: {name} is {value} here, {saved[name]} in the checkpoint")
     check_args(args)
     return args, checkpoint
 
 
+def make_run_name(args):
+    """A name for a new run's folder; UserError if it cannot be one."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    if not args.exp_name or "/" in args.exp_name or os.sep in args.exp_name or len(os.fsencode(name)) > 255:
+        raise UserError(f"exp_name must be a name for a folder: not empty, no slashes, not too long: {args.exp_name!r}")
+    return name
+
+
+def start_wandb(args, name):
+    """Copy to Weights and Biases whatever goes to TensorBoard from now on."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"--track needs Weights and Biases: pip install wandb ({error})") from error
+    try:
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=name,
+            config=vars(args),
+            sync_tensorboard=True,
+            save_code=True,
+        )
+    except Exception as error:  # not logged in, no network, ...
+        raise UserError(f"--track: {' '.join(str(error).split())}") from error
+
+
+def open_run_folder(run_name, args, checkpoint):
+    """The folder of a new run, or that of the checkpoint, and its file run.json, locked as long as this process lives.
+
+    UserError if it cannot be made, another process has it, or it holds another run or a later checkpoint of this one.
+    """
+    if checkpoint is None:
+        run_dir = os.path.join("runs", run_name)
+        with writing(run_dir):
+            try:
+                os.makedirs(run_dir)
+            except FileExistsError as error:
+                raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
+    else:
+        run_dir = os.path.dirname(os.path.realpath(args.resume))  # a link continues its own run
+        check_no_later_checkpoint(run_dir, args, checkpoint)
+    path = os.path.join(run_dir, "run.json")
+    with writing(path):
+        run_file = open(path, "a+", encoding="utf-8")
+    if os.name == "posix":
+        try:
+            fcntl.lockf(run_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is at the run {run_dir}") from error
+    run_file.seek(0)
+    try:
+        owner = json.load(run_file)["run_name"]
+    except (ValueError, KeyError, TypeError):  # new, or lost
+        owner = run_name
+        with writing(path):
+            run_file.truncate(0)
+            json.dump({"run_name": run_name, "args": vars(args)}, run_file, indent=1)
+            run_file.flush()
+    if owner != run_name:
+        raise UserError(f"--resume: {args.resume} is a checkpoint of {run_name}, its folder is that of {owner}")
+    return run_dir, run_file
+
+
+def check_no_later_checkpoint(run_dir, args, checkpoint):
+    """UserError if --resume names an older copy of a checkpoint: its run would be cut back."""
+    newest = os.path.join(run_dir, "checkpoint.pt")
+    if not os.path.exists(newest) or os.path.samefile(newest, args.resume):
+        return
+    try:
+        later_step = load_checkpoint(newest)["global_step"]
+    except UserError:
+        return  # a damaged one must not keep an older copy from being resumed
+    if later_step > checkpoint["global_step"]:
+        raise UserError(
+            f"--resume: {args.resume} is of frame {checkpoint['global_step']}, {newest} of frame {later_step}: "
+            "resume that one, or put the older one into a folder of its own"
+        )
+
+
+def open_log(run_dir, args, global_step, resumed):
+    """TensorBoard's writer for a run that stands at global_step; what was logged beyond is dropped."""
+    with writing(run_dir):
+        # A run's event files are read in the order of their names, which begin with the second of their start. Clocks
+        # may stand still or go back: the earlier files get the seconds 0, 1, 2, ...
+        earlier = sorted(name for name in os.listdir(run_dir) if name.startswith("events.out.tfevents."))
+        for k, name in enumerate(earlier):
+            rest = name.removeprefix("events.out.tfevents.").partition(".")[2]
+            os.rename(os.path.join(run_dir, name), os.path.join(run_dir, f"events.out.tfevents.{k:010d}.{rest}"))
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if resumed else None)
+        rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(rows))
+    return writer
+
+
+def log_scalars(writer, global_step, groups):
+    """Write groups, as {"charts": {"SPS": 5000.0}}, to TensorBoard, as charts/SPS."""
+    with writing(writer.log_dir):
+        for group, metrics in groups.items():
+            for name, value in metrics.items():
+                writer.add_scalar(f"{group}/{name}", float(value), global_step)
+
+
+def write_evaluations(run_dir, evaluations):
+    """Write evaluations.csv."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=evaluations[0].keys(), lineterminator="\n")
+    table.writeheader()
+    table.writerows(evaluations)
+    write_atomically(os.path.join(run_dir, "evaluations.csv"), text.getvalue().encode())
+
+
+def log_evaluation(writer, run_dir, evaluations, row):
+    """Append the row to the run's evaluations and write them to evaluations.csv and TensorBoard."""
+    evaluations.append(row)
+    write_evaluations(run_dir, evaluations)
+    metrics = {name: value for name, value in row.items() if name not in ("global_step", "evaluation", "nominal_step")}
+    log_scalars(writer, row["global_step"], {"eval": metrics})
+
+
+def get_random_state():
+    """All that the following iterations draw from; a game depends on its seed alone."""
+    return {"torch_rng": torch.get_rng_state()}
+
+
+def set_random_state(random_state):
+    """Back to what get_random_state has returned."""
+    torch.set_rng_state(random_state["torch_rng"])
+
+
+def checkpoint_is_due(saved_step, global_step, args):
+    """After the first iteration and whenever global_step has passed a multiple of checkpoint_interval."""
+    if args.checkpoint_interval == 0 or global_step >= args.total_timesteps:
+        return False  # the end has a checkpoint of its own
+    return saved_step is None or global_step // args.checkpoint_interval > saved_step // args.checkpoint_interval
+
+
+def save_checkpoint(run_dir, run_name, args, trained, random_state, global_step, iteration, evaluations):
+    """Write checkpoint.pt: everything that the run needs to go on exactly."""
+    checkpoint = {
+        "script": SCRIPT,
+        "run_name": run_name,
+        "args": vars(args),
+        "global_step": global_step,
+        "iteration": iteration,
+        "evaluations": evaluations,
+    }
+    checkpoint |= random_state
+    for name, part in trained.items():
+        checkpoint[name] = part.state_dict()
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomically(os.path.join(run_dir, "checkpoint.pt"), buffer.getvalue())
+
+
 def main():
     # SET-UP
-    script = os.path.basename(__file__)[: -len(".py")]
-    args, checkpoint = parse_args(script)
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = os.path.dirname(os.path.abspath(args.resume)) if checkpoint else os.path.join("runs", run_name)
-    if args.track:
-        import wandb  # optional: pip install wandb
-
-        target = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": os.path.basename(run_dir)}
-        wandb.init(**target, sync_tensorboard=True, config=vars(args), save_code=True)
+    args, checkpoint = parse_args()
+    check_graph_args(args)
+    run_name = checkpoint["run_name"] if checkpoint else make_run_name(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
-        print(f"{script}: CUDA is not available, the CPU is used", file=sys.stderr)
-    stop_signals = []  # looked at between two iterations
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: stop_signals.append(signum))
+        print(f"{SCRIPT}: CUDA is not available, the CPU is used", file=sys.stderr)
+    if device.type == "cuda" and args.torch_deterministic:  # on a CPU the operations used here are deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     torch.set_num_threads(args.num_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.manual_seed(args.seed)  # PyTorch's CPU generator is the only random stream besides the environments' own
+    stop_signals = StopSignals()
+
     envs = make_vector_env(args)
-    N, D = envs.single_observation_space.shape
     probe = make_env(args.env_id)
-    S, A = probe.state_size, probe.n_actions
+    N, D = envs.single_observation_space.shape
+    S = probe.state_size
+    A = probe.n_actions
     actor = Actor(D, N, A, args.hidden_dim).to(device)
     critic = Critic(S, N, args.hidden_dim, 1).to(device)
     models = GraphModels(D, A, args.encoder).to(device)
@@ -708,119 +1192,128 @@ def main():
     actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
     models_optimizer = torch.optim.Adam(models.parameters(), **adam)
-    trained = {"actor": actor, "critic": critic, "models": models, "models_optimizer": models_optimizer}
-    trained |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    global_step, iteration, evaluations, saved_step = 0, 0, [], -1
+    trained = {
+        "actor": actor,
+        "actor_optimizer": actor_optimizer,
+        "critic": critic,
+        "critic_optimizer": critic_optimizer,
+        "models": models,
+        "models_optimizer": models_optimizer,
+    }
+    global_step = 0
+    iteration = 0
+    evaluations = []  # the rows of evaluations.csv
+    saved_step = None
     if checkpoint:
-        global_step, iteration, evaluations = (checkpoint[key] for key in ("global_step", "iteration", "evaluations"))
+        global_step = saved_step = checkpoint["global_step"]
+        iteration = checkpoint["iteration"]
+        evaluations = checkpoint["evaluations"]
         for name, part in trained.items():
             part.load_state_dict(checkpoint[name])
-        torch.set_rng_state(checkpoint["torch_rng"])
-    try:
-        os.makedirs(run_dir, exist_ok=bool(checkpoint))
-    except FileExistsError as error:
-        raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else None)
-    settings = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + settings)
+        set_random_state(checkpoint)
+    random_state = get_random_state()
+
+    if args.track:
+        start_wandb(args, run_name)
+    run_dir, run_file = open_run_folder(run_name, args, checkpoint)
+    writer = open_log(run_dir, args, global_step, resumed=checkpoint is not None)
+    if evaluations:
+        write_evaluations(run_dir, evaluations)
     print(f"{run_dir}: {N} agents, {D} observations, state {S}, {A} actions, {args.num_envs} games at a time, {device}")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", unit_scale=True, mininterval=1.0)
-    start_time, start_step = time.time(), global_step
+    start_time = time.time()
+    start_step = global_step
 
-    while True:
-        # EVALUATE (first the untrained policy)
-        finished = global_step >= args.total_timesteps
-        every, last = args.eval_interval, evaluations[-1]["global_step"] if evaluations else -1
-        if not stop_signals and (global_step // every > last // every or finished and global_step > last):
-            returns, won = evaluate(envs, actor, args, global_step // every, device)  # (episodes, N), (episodes)
-            team, agents = returns.sum(-1), returns.mean(0).tolist()
-            row = {"episodic_return": team.mean().item(), "episodic_return_std": team.std(correction=0).item()}
-            row |= {"episodes": len(team), "win_rate": won.float().mean().item()}
-            row |= {f"episodic_return_agent_{i}": mean for i, mean in enumerate(agents)}
-            for name, value in row.items():
-                writer.add_scalar(f"eval/{name}", value, global_step)
-            evaluations.append({"global_step": global_step} | row)
-            text = "".join(",".join(map(str, line)) + "\n" for line in [evaluations[0], *map(dict.values, evaluations)])
-            write_atomically(os.path.join(run_dir, "evaluations.csv"), text.encode())
+    try:
+        # EVALUATE the untrained policy, or what a stop signal has kept from being evaluated
+        if evaluation_is_due(evaluations, global_step, args):
+            with stop_signals.raised():
+                agent_returns, won = evaluate(envs, actor, args, global_step // args.eval_interval, device)
+            log_evaluation(writer, run_dir, evaluations, evaluation_row(agent_returns, won, global_step, args))
 
-        # SAVE
-        every = args.checkpoint_interval
-        due = every and (finished or global_step // every > saved_step // every)
-        if due or stop_signals or finished and args.save_model:
-            snapshot = {name: part.state_dict() for name, part in trained.items()}
-            snapshot |= {"script": script, "args": vars(args), "evaluations": evaluations, "iteration": iteration}
-            snapshot |= {"global_step": global_step, "torch_rng": torch.get_rng_state()}
-            torch.save(snapshot, buffer := io.BytesIO())
-            write_atomically(os.path.join(run_dir, "checkpoint.pt"), buffer.getvalue())
-            saved_step = global_step
-        if finished or stop_signals:
-            break
+        while global_step < args.total_timesteps:
+            # COLLECT
+            seeds = np.random.SeedSequence([args.seed, 0, iteration + 1]).generate_state(args.num_envs)
+            with stop_signals.raised():
+                rollout = collect(envs, actor, seeds, device)  # (T, E, N, ...)
+            alive = rollout.alive
+            active = rollout.active
+            iteration += 1
+            global_step += int(alive.sum())
 
-        # COLLECT
-        iteration += 1
-        seeds = np.random.SeedSequence([args.seed, 0, iteration]).generate_state(args.num_envs)
-        rollout = collect(envs, actor, seeds, device)
-        obs, state, avail, active, actions, logprobs, rewards, terminated, alive, won = rollout  # (T, E, N, ...)
-        global_step += int(alive.sum())
+            # DEPENDENCE GRAPH, by models trained up to the iteration before
+            graph, graph_charts = dependence_graph(args, models, rollout.obs, rollout.avail, active)  # (T, E, N_i, N_j)
 
-        # DEPENDENCE GRAPH, by models trained up to the iteration before
-        probability, entropies = {"random": args.graph_p, "complete": 1.0}.get(args.graph, 0.0), {}
-        # random, complete, identity: no edge but one's own, then others added with the probability
-        graph = change_edges(torch.zeros((*active.shape, N), dtype=torch.bool, device=device), 0.0, probability)
-        if args.graph == "learned":
-            graph, entropies = learned_graph(models, obs, avail, active, args.c, args.pair_chunk)
-        graph = graph.transpose(-1, -2) if args.transpose_graph else graph
-        graph = change_edges(graph, args.edge_drop, args.edge_add) & living_pairs(active)
+            # ADVANTAGES
+            with torch.no_grad():
+                values = critic(rollout.state)  # (T+1, E, N)
+            experience = (rollout.rewards, values, rollout.terminated, alive)
+            # the critic's targets ignore the graph
+            value_targets = gae(*experience, args.gamma, args.gae_lambda) + values[:-1]  # (T, E, N)
+            advantages = multi_agent_gae(*experience, graph, args.gamma, args.gae_lambda, args.soft)  # (T, E, N)
 
-        # ADVANTAGES
-        with torch.no_grad():
-            values = critic(state)  # (T+1, E, N)
-        experience = rewards, values, terminated, alive
-        returns = gae(*experience, args.gamma, args.gae_lambda) + values[:-1]  # the critic's target ignores the graph
-        advantages = multi_agent_gae(*experience, graph, args.gamma, args.gae_lambda, args.soft)  # (T, E, N)
-
-        # UPDATE POLICY AND CRITIC, THEN THE GRAPH MODELS
-        batch = obs[:-1], state[:-1], avail, active, alive, actions, logprobs, advantages, returns
-        try:
-            losses = ppo_update(actor, critic, actor_optimizer, critic_optimizer, batch, args)
+            # UPDATE POLICY AND CRITIC, THEN THE GRAPH MODELS
+            losses = ppo_update(
+                actor, critic, actor_optimizer, critic_optimizer, rollout, advantages, value_targets, args
+            )
             if args.graph == "learned":
-                data = obs, avail, active, actions, args.pair_chunk
-                losses |= update_graph_models(models, models_optimizer, *data)
-        except UserError as error:
-            bar.close()
-            last = f"the last checkpoint is of frame {saved_step}" if saved_step >= 0 else "there is no checkpoint"
-            raise UserError(f"iteration {iteration}: {error}; {last}") from error
+                losses |= update_graph_models(
+                    models, models_optimizer, rollout.obs, rollout.avail, active, rollout.actions, args.pair_chunk
+                )
+            random_state = get_random_state()
 
-        # LOG
-        losses["explained_variance"] = 1 - (returns - values[:-1])[alive].var() / returns[alive].var()
-        episodes = rewards.sum(0).mean(0)  # (N), mean return of each agent
-        charts = {"episodic_return": episodes.sum(), "episodic_length": alive.sum(0).float().mean()}
-        charts |= {f"episodic_return_agent_{i}": value for i, value in enumerate(episodes)}
-        deaths = (alive.unsqueeze(-1) & ~active).any(0).float().sum(-1)  # before the last step
-        charts |= {"win_rate": won.float().mean(), "deaths": deaths.mean()}
-        charts |= {"learning_rate": args.learning_rate, "SPS": (global_step - start_step) / (time.time() - start_time)}
-        edges = (graph.sum() - active.sum()) / active.sum()  # per living agent, besides its own
-        statistics = {"density": edges} | entropies
-        for group, metrics in (("charts", charts), ("losses", losses), ("graph", statistics)):
-            for name, value in metrics.items():
-                writer.add_scalar(f"{group}/{name}", float(value), global_step)
-        bar.set_postfix(won=f"{evaluations[-1]['win_rate']:.2f}", edges=f"{edges:.2f}", refresh=False)
-        bar.update(global_step - bar.n)
+            # LOG
+            losses["explained_variance"] = explained_variance(values[:-1][alive], value_targets[alive])
+            charts = episode_charts(rollout)
+            charts["learning_rate"] = args.learning_rate
+            charts["SPS"] = (global_step - start_step) / max(time.time() - start_time, 1e-9)
+            graph_charts |= graph_statistics(graph, active)
+            log_scalars(writer, global_step, {"charts": charts, "losses": losses, "graph": graph_charts})
+            win_rate = evaluations[-1]["win_rate"]
+            bar.set_postfix(won=f"{win_rate:.2f}", edges=f"{graph_charts['density']:.2f}", refresh=False)
+            bar.update(global_step - bar.n)
 
+            # EVALUATE
+            if evaluation_is_due(evaluations, global_step, args):
+                with stop_signals.raised():
+                    agent_returns, won = evaluate(envs, actor, args, global_step // args.eval_interval, device)
+                log_evaluation(writer, run_dir, evaluations, evaluation_row(agent_returns, won, global_step, args))
+
+            # SAVE
+            if checkpoint_is_due(saved_step, global_step, args):
+                save_checkpoint(run_dir, run_name, args, trained, random_state, global_step, iteration, evaluations)
+                saved_step = global_step
+    except Stopped:
+        pass  # saved below
+    except UserError as error:
+        bar.close()
+        with contextlib.suppress(OSError):
+            writer.close()
+        last = "there is no checkpoint" if saved_step is None else f"the last checkpoint is of frame {saved_step}"
+        raise UserError(f"iteration {iteration}: {error}; {last}") from error
+
+    if stop_signals.received or args.checkpoint_interval or args.save_model:
+        save_checkpoint(run_dir, run_name, args, trained, random_state, global_step, iteration, evaluations)
     bar.close()
-    writer.close()
-    envs.close()
-    sys.exit(128 + stop_signals[0] if stop_signals else 0)
+    with writing(run_dir):
+        writer.close()
+    run_file.close()
+    end_workers(envs)
+    if stop_signals.received:
+        sys.exit(128 + stop_signals.received)
 
 
 if __name__ == "__main__":
+    sys.stdout = LastingStream(sys.stdout)
+    sys.stderr = LastingStream(sys.stderr)
     try:
         main()
-    except (UserError, ImportError) as error:
-        print(f"{os.path.basename(__file__)}: {error}", file=sys.stderr)
+    except UserError as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (EOFError, ConnectionError, multiprocessing.TimeoutError) as error:
-        print(f"an environment's process is gone or stuck ({type(error).__name__}); use --resume", file=sys.stderr)
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        os._exit(1)  # gymnasium would wait for the lost process
+        print(
+            f"{SCRIPT}.py: an environment's process is gone or stuck ({type(error).__name__}); use --resume",
+            file=sys.stderr,
+        )
+        sys.exit(1)

@@ -12,13 +12,20 @@ Every agent learns from its own reward alone.
 Axes are (T, E, N, ...): time step, environment, agent. B: all steps in one row; D: observation size; A: actions.
 """
 
+import contextlib
+import csv
 import difflib
 import io
+import json
+import math
 import os
 import signal
 import sys
 import time
+import zipfile
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -29,17 +36,22 @@ from lbforaging.foraging.environment import Action, ForagingEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+if os.name == "posix":
+    import fcntl
+
+SCRIPT = os.path.basename(__file__)[: -len(".py")]
+
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment"""
+    exp_name: str = SCRIPT
+    """the name of this experiment, part of the run folder's name"""
     seed: int = 1
     """seed of the networks, the environments and every random draw"""
     torch_deterministic: bool = True
-    """if toggled, PyTorch uses deterministic algorithms only"""
+    """on a GPU, use deterministic algorithms only (on a CPU all that is used here is deterministic)"""
     cuda: bool = False
-    """use a GPU (networks this small are faster on a core); set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"""
+    """use a GPU (networks this small are faster on a core)"""
     num_threads: int = 1
     """PyTorch threads"""
     track: bool = False
@@ -53,7 +65,7 @@ class Args:
     checkpoint_interval: int = 100_000
     """frames between two checkpoints (0: none but those of --save-model and of an interrupted run)"""
     resume: str | None = None
-    """path of a checkpoint.pt: continue that run exactly, in its own folder, also beyond --total-timesteps"""
+    """a run folder or its checkpoint.pt: continue that run exactly, in its own folder, also beyond --total-timesteps"""
 
     env_id: str = "Foraging-8x8-2p-4f-coop-v3"
     """any vector-observation id of lbforaging"""
@@ -93,81 +105,94 @@ class UserError(Exception):
     """Ends the script with its one sentence on stderr and exit status 2."""
 
 
+def check_range(name, value, low, high=math.inf):
+    """Raise UserError unless low <= value <= high (which nan never is)."""
+    if not low <= value <= high:
+        raise UserError(f"{name} must lie in [{low}, {high}], not {value}")
+
+
 def check_args(args):
-    """Raise UserError for the first setting that makes no sense (settings that this script lacks are skipped)."""
-    counts = "total_timesteps num_envs eval_interval eval_episodes update_epochs hidden_dim num_threads"
-    amounts = "seed checkpoint_interval learning_rate clip_coef ent_coef max_grad_norm oracle_distance"
-    fractions = "gamma gae_lambda c graph_p edge_drop edge_add"
-    for names, low, high in ((counts, 1, torch.inf), (amounts, 0, torch.inf), (fractions, 0, 1)):
-        for name in names.split():
-            if not low <= getattr(args, name, low) <= high:
-                raise UserError(f"{name} must lie in [{low}, {high}], not {getattr(args, name)}")
-    if args.total_timesteps < (frames := args.num_envs * make_env(args.env_id)._max_episode_steps):
+    """Raise UserError for the first setting that makes no sense."""
+    check_range("seed", args.seed, 0, 2**64 - 1)
+    check_range("num_threads", args.num_threads, 1)
+    check_range("checkpoint_interval", args.checkpoint_interval, 0)
+    check_range("total_timesteps", args.total_timesteps, 1)
+    check_range("num_envs", args.num_envs, 1)
+    check_range("eval_interval", args.eval_interval, 1)
+    check_range("eval_episodes", args.eval_episodes, 1)
+    check_range("hidden_dim", args.hidden_dim, 1)
+    check_range("learning_rate", args.learning_rate, 0)
+    check_range("gamma", args.gamma, 0, 1)
+    check_range("gae_lambda", args.gae_lambda, 0, 1)
+    check_range("update_epochs", args.update_epochs, 1)
+    check_range("clip_coef", args.clip_coef, 0)
+    check_range("ent_coef", args.ent_coef, 0)
+    check_range("max_grad_norm", args.max_grad_norm, 0)
+    frames = args.num_envs * make_env(args.env_id)._max_episode_steps
+    if args.total_timesteps < frames:
         raise UserError(f"total_timesteps is {args.total_timesteps}, below one iteration ({frames} frames)")
 
 
 # ENVIRONMENT
-class LevelBasedForaging(ForagingEnv):
-    """lbforaging's environment, bit for bit but several times faster, with the paper's winner-take-all variant.
+class FastForaging(ForagingEnv):
+    """lbforaging's environment, bit for bit, four to five times as fast. Skip it on first reading.
 
-    Winner-take-all: a food's whole reward goes to its loader with the highest level (ties: the lowest index), and its
-    level is at most (-coop tasks: just) the sum of the two lowest player levels, in the package of the three lowest.
+    Most of the package's time goes into looking up what every agent sees and may do. Food seldom changes: until it
+    does, each cell that an agent visits is looked up once.
     """
 
-    def __init__(self, winner_take_all=False, **kwargs):
+    def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.winner_take_all, self.board, self._valid_actions = winner_take_all, None, {}
-
-    def spawn_food(self, max_num_food, min_levels, max_levels):
-        if self.winner_take_all:
-            max_levels = np.full_like(max_levels, sum(sorted(player.level for player in self.players)[:2]))
-        super().spawn_food(max_num_food, min_levels, max_levels)
-
-    def step(self, actions):
-        foods = self.foods
-        obs, rewards, terminated, truncated, info = super().step(actions)
-        if self.winner_take_all and any(rewards):
-            for cell in foods.keys() - self.foods.keys():
-                # no cell touches two foods: who stands beside this one and has a reward has loaded this one
-                loaders = [player for player in self.adjacent_players(*cell) if player.reward > 0]
-                winner, whole = max(loaders, key=lambda player: player.level), sum(player.reward for player in loaders)
-                for player in loaders:
-                    player.reward = whole if player is winner else 0
-            rewards = [player.reward for player in self.players]
-        return obs, rewards, terminated, truncated, info
+        self.board = None  # the field as bytes, when it was last looked at
+        self.foods = {}  # cell -> level
+        self.views = {}  # cell -> (actions that it offers, food as it is observed from there)
+        self._valid_actions = {}
 
     def _gen_valid_moves(self):
         board = self.field.tobytes()
-        if board != self.board:  # food seldom changes: until it does, keep what each visited cell offers
+        if board != self.board:
+            self.board = board
+            self.views = {}
             rows, cols = self.field.nonzero()
-            self.foods = dict(zip(zip(rows.tolist(), cols.tolist()), self.field[rows, cols].tolist()))  # cell -> level
-            self.board, self.view = board, {}
+            levels = self.field[rows, cols]
+            self.foods = dict(zip(zip(rows.tolist(), cols.tolist()), levels.tolist()))
         for player in self.players:
-            cell = player.position = int(player.position[0]), int(player.position[1])
-            player.history.append(cell)  # for the oracle graph; empty in the package, cleared by reset
-            if cell not in self.view:
-                self.view[cell] = self._look_around(*cell)
-            self._valid_actions[player] = self.view[cell][0]
+            cell = (int(player.position[0]), int(player.position[1]))
+            player.position = cell
+            player.history.append(cell)  # empty in the package, cleared by reset
+            if cell not in self.views:
+                self.views[cell] = (self._actions_from(*cell), self._food_seen_from(*cell))
+            self._valid_actions[player] = self.views[cell][0]
 
-    def _look_around(self, row, col):
-        (rows, cols), foods, sight = self.field_size, self.foods, self.sight
-        beside = ((row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1))  # north, south, west, east
-        can = [0 <= r < rows and 0 <= c < cols and (r, c) not in foods for r, c in beside]
-        can.append(bool(foods.keys() & beside))  # load
-        top, left, food = max(row - sight, 0), max(col - sight, 0), []
-        for (r, c), level in foods.items():
+    def _actions_from(self, row, col):
+        rows, cols = self.field_size
+        beside = [(row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1)]  # north, south, west, east
+        actions = [Action.NONE]
+        for action, (r, c) in zip(self.action_set, beside):
+            if 0 <= r < rows and 0 <= c < cols and (r, c) not in self.foods:
+                actions.append(action)
+        if any(cell in self.foods for cell in beside):
+            actions.append(Action.LOAD)
+        return actions
+
+    def _food_seen_from(self, row, col):
+        sight = self.sight
+        top, left = max(row - sight, 0), max(col - sight, 0)  # what is seen is counted from this corner
+        features = []
+        for (r, c), level in self.foods.items():
             if top <= r <= row + sight and left <= c <= col + sight:
-                food += [r - top, c - left, level]
-        food += [-1, -1, 0] * (self.max_num_food - len(food) // 3)
-        return [Action.NONE, *(action for action, valid in zip(self.action_set, can) if valid)], food
+                features += [r - top, c - left, level]
+        unseen = self.max_num_food - len(features) // 3
+        return features + [-1, -1, 0] * unseen
 
     def _make_gym_obs(self):
-        reach, width = 2 * self.sight, 3 if self._observe_agent_levels else 2
+        reach = 2 * self.sight
+        width = 3 if self._observe_agent_levels else 2
         players = [(*player.position, int(player.level)) for player in self.players]
         obs = []
         for i, (row, col, _) in enumerate(players):
-            top, left = max(row - self.sight, 0), max(col - self.sight, 0)  # what is seen is counted from this corner
-            features = self.view[row, col][1].copy()
+            top, left = max(row - self.sight, 0), max(col - self.sight, 0)
+            features = self.views[row, col][1].copy()
             for r, c, level in (players[i], *players[:i], *players[i + 1 :]):  # oneself first
                 # the package's test: near the board's first row and column, players are seen farther away than food
                 if 0 <= r - top <= reach and 0 <= c - left <= reach:
@@ -175,6 +200,50 @@ class LevelBasedForaging(ForagingEnv):
             missing = 3 * self.max_num_food + width * len(players) - len(features)
             obs.append(features + [-1, -1, 0][:width] * (missing // width))
         return tuple(np.array(obs, dtype=np.float32))
+
+
+class LevelBasedForaging(FastForaging):
+    """Level-Based Foraging with the paper's winner-take-all variant.
+
+    Winner-take-all: a food's whole reward goes to its loader with the highest level (ties: the lowest index), and its
+    level is at most (-coop tasks: just) the sum of the two lowest player levels, in the package of the three lowest.
+    """
+
+    def __init__(self, winner_take_all=False, **kwargs):
+        super().__init__(**kwargs)
+        self.winner_take_all = winner_take_all
+
+    def spawn_food(self, max_num_food, min_levels, max_levels):
+        if self.winner_take_all:
+            levels = sorted(player.level for player in self.players)
+            max_levels = np.full_like(max_levels, levels[0] + levels[1])
+        super().spawn_food(max_num_food, min_levels, max_levels)
+
+    def step(self, actions):
+        foods_before = self.foods
+        obs, rewards, terminated, truncated, info = super().step(actions)
+        if self.winner_take_all and any(rewards):
+            for cell in foods_before.keys() - self.foods.keys():
+                # no cell touches two foods: who stands beside this one and has a reward has loaded this one
+                loaders = [player for player in self.adjacent_players(*cell) if player.reward > 0]
+                whole = sum(player.reward for player in loaders)
+                winner = max(loaders, key=lambda player: player.level)
+                for player in loaders:
+                    player.reward = whole if player is winner else 0
+            rewards = [player.reward for player in self.players]
+        return obs, rewards, terminated, truncated, info
+
+    def get_state(self):
+        """What the following episodes depend on, for a checkpoint."""
+        # the package's reset avoids the cells where the players stood
+        return self.np_random.bit_generator.state, [player.position for player in self.players]
+
+    def set_state(self, state):
+        """Back to a state that get_state() has returned."""
+        random_state, positions = state
+        self.np_random.bit_generator.state = random_state
+        for player, position in zip(self.players, positions):
+            player.position = position
 
 
 def make_env(env_id, winner_take_all=False, seed=0):
@@ -199,68 +268,111 @@ class AgentNetwork(nn.Module):
 
     def __init__(self, in_dim, num_agents, hidden_dim, out_dim):
         super().__init__()
-        self.input, self.agent_id = nn.Linear(in_dim, hidden_dim), nn.Embedding(num_agents, hidden_dim)
-        nn.init.uniform_(self.agent_id.weight, -((in_dim + num_agents) ** -0.5), (in_dim + num_agents) ** -0.5)
-        self.hidden, self.output = nn.Linear(hidden_dim, hidden_dim), nn.Linear(hidden_dim, out_dim)
+        bound = (in_dim + num_agents) ** -0.5  # PyTorch's for a linear layer on [x, one-hot agent id]
+        self.input = nn.Linear(in_dim, hidden_dim)
+        self.agent_id = nn.Embedding(num_agents, hidden_dim)
+        nn.init.uniform_(self.agent_id.weight, -bound, bound)
+        self.hidden = nn.Linear(hidden_dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, x):
         x = torch.relu(self.input(x) + self.agent_id.weight)
-        return self.output(torch.relu(self.hidden(x)))
+        x = torch.relu(self.hidden(x))
+        return self.output(x)
 
 
 class Critic(AgentNetwork):
     """Centralised critic: each agent's value from all observations side by side, (..., N, D) -> (..., N)."""
 
     def forward(self, obs):
-        return super().forward(obs.flatten(-2).unsqueeze(-2)).squeeze(-1)
+        all_obs = obs.flatten(-2).unsqueeze(-2)  # (..., 1, N * D)
+        return super().forward(all_obs).squeeze(-1)
 
 
 # ADVANTAGES
 def gae(rewards, values, terminated, alive, gamma, gae_lambda):
     """Every agent's own generalized advantage estimate (Schulman et al. 2016) over whole, padded episodes.
 
-    rewards (T, E, N), values (T+1, E, N), terminated and alive (T, E) -> (T, E, N), 0 in the padding. An episode that
-    ends without `terminated` bootstraps from the value after its last step.
+    rewards (T, E, N), values (T+1, E, N), terminated and alive (T, E) bool -> (T, E, N), 0 in the padding. An episode
+    that ends without `terminated` bootstraps from the value after its last step.
     """
-    alive, terminated = alive.bool().unsqueeze(-1), terminated.bool().unsqueeze(-1)  # (T, E, 1)
-    next_values = values[1:].masked_fill(terminated, 0.0)
-    deltas = (rewards + gamma * next_values - values[:-1]).masked_fill(~alive, 0.0)
-    discounts = gamma * gae_lambda * (alive & ~terminated).to(deltas.dtype)
-    advantages = torch.zeros_like(deltas)
-    last = torch.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        last = torch.addcmul(deltas[t], discounts[t], last, out=advantages[t])
+    advantages = torch.zeros_like(rewards)
+    last_advantage = torch.zeros_like(rewards[0])  # (E, N)
+    for t in reversed(range(len(rewards))):
+        next_values = values[t + 1].masked_fill(terminated[t].unsqueeze(-1), 0.0)
+        delta = rewards[t] + gamma * next_values - values[t]
+        last_advantage = last_advantage.masked_fill(terminated[t].unsqueeze(-1), 0.0)
+        last_advantage = torch.addcmul(delta, torch.tensor(gamma * gae_lambda, device=delta.device), last_advantage)
+        last_advantage = last_advantage.masked_fill(~alive[t].unsqueeze(-1), 0.0)
+        advantages[t] = last_advantage
     return advantages
 
 
 # ROLLOUT
-@torch.no_grad()
-def collect(envs, actor, device, greedy=False):
-    """Play one whole episode in every environment; T is the longest one's length; `alive` masks what follows an end.
+class Rollout(NamedTuple):
+    """One whole episode of every environment; T is the length of the longest."""
 
-    Returns obs (T+1, E, N, D) with the observation after the last step, actions, logprobs, rewards (T, E, N),
-    terminated (T, E) bool: ended in a terminal state, alive (T, E) bool: the step took place.
-    """
-    T, E, N = envs[0]._max_episode_steps, len(envs), envs[0].n_agents
-    obs = np.zeros((T + 1, E, N, *envs[0].observation_space[0].shape), dtype=np.float32)
-    actions, logprobs = torch.zeros((T, E, N), dtype=torch.long), torch.zeros((T, E, N))
+    obs: torch.Tensor  # (T+1, E, N, D), with the observation after the last step
+    actions: torch.Tensor  # (T, E, N) int64
+    logprobs: torch.Tensor  # (T, E, N)
+    rewards: torch.Tensor  # (T, E, N), each agent's own
+    terminated: torch.Tensor  # (T, E) bool: the step ended the episode in a terminal state
+    alive: torch.Tensor  # (T, E) bool: the step took place; what follows an episode's end is padding
+
+
+@torch.no_grad()
+def collect(envs, actor, device, greedy=False, generator=None):
+    """Play one whole episode in every environment -> Rollout. Random draws: the generator's, or PyTorch's own."""
+    T = envs[0]._max_episode_steps
+    E = len(envs)
+    N = envs[0].n_agents
+    D = envs[0].observation_space[0].shape[0]
+    obs = np.zeros((T + 1, E, N, D), dtype=np.float32)
+    actions = torch.zeros((T, E, N), dtype=torch.long)
+    logprobs = torch.zeros((T, E, N))
     rewards = np.zeros((T, E, N), dtype=np.float32)
-    terminated, truncated, alive = (np.zeros((T, E), dtype=bool) for _ in range(3))
-    obs[0] = [env.reset()[0] for env in envs]
-    running, t = range(E), 0
+    terminated = np.zeros((T, E), dtype=bool)
+    truncated = np.zeros((T, E), dtype=bool)
+    alive = np.zeros((T, E), dtype=bool)
+
+    for e, env in enumerate(envs):
+        obs[0, e], _ = env.reset()
+    running = list(range(E))
+    t = 0
     while running:
-        policy = actor(torch.from_numpy(obs[t]).to(device)).log_softmax(-1).cpu()  # (E, N, A)
-        # Gumbel-max: the argmax of log-probabilities plus Gumbel noise is a sample, at a third of Categorical's cost
-        actions[t] = (policy - (0.0 if greedy else torch.empty_like(policy).exponential_().log())).argmax(-1)
-        logprobs[t] = policy.gather(-1, actions[t].unsqueeze(-1)).squeeze(-1)
+        logits = actor(torch.from_numpy(obs[t]).to(device))
+        all_logprobs = logits.log_softmax(-1).cpu()  # (E, N, A)
+        if greedy:
+            actions[t] = all_logprobs.argmax(-1)
+        else:
+            # Gumbel-max: log-probabilities plus Gumbel noise, a sample at a third of the cost of Categorical
+            exponential = torch.empty_like(all_logprobs).exponential_(generator=generator)
+            actions[t] = (all_logprobs - exponential.log()).argmax(-1)
+        logprobs[t] = all_logprobs.gather(-1, actions[t].unsqueeze(-1)).squeeze(-1)
         joint_actions = actions[t].tolist()
         for e in running:
             obs[t + 1, e], rewards[t, e], terminated[t, e], truncated[t, e], _ = envs[e].step(joint_actions[e])
             alive[t, e] = True
         running = [e for e in running if not (terminated[t, e] or truncated[t, e])]
         t += 1
-    results = obs[: t + 1], actions[:t], logprobs[:t], rewards[:t], terminated[:t], alive[:t]
-    return [torch.as_tensor(x).to(device) for x in results]
+
+    return Rollout(
+        obs=torch.from_numpy(obs[: t + 1]).to(device),
+        actions=actions[:t].to(device),
+        logprobs=logprobs[:t].to(device),
+        rewards=torch.from_numpy(rewards[:t]).to(device),
+        terminated=torch.from_numpy(terminated[:t]).to(device),
+        alive=torch.from_numpy(alive[:t]).to(device),
+    )
+
+
+def episode_charts(rollout):
+    """Means over the episodes of a rollout, for TensorBoard."""
+    agent_returns = rollout.rewards.sum(0).mean(0)  # (N)
+    charts = {"episodic_return": agent_returns.sum(), "episodic_length": rollout.alive.sum(0).float().mean()}
+    for i, agent_return in enumerate(agent_returns):
+        charts[f"episodic_return_agent_{i}"] = agent_return
+    return charts
 
 
 # PPO UPDATE
@@ -274,33 +386,54 @@ def gradient_step(optimizer, loss, name, max_grad_norm=torch.inf):
     optimizer.step()
 
 
-def ppo_update(actor, critic, actor_optimizer, critic_optimizer, obs, actions, logprobs, advantages, returns, args):
+def ppo_update(
+    actor, critic, actor_optimizer, critic_optimizer, obs, actions, old_logprobs, advantages, value_targets, args
+):
     """update_epochs times a critic step, then a policy step, each on the whole batch (Schulman et al. 2017).
 
     obs (B, N, D), the others (B, N) -> means over the epochs. UserError if a loss is not finite.
     """
-    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if args.norm_adv else advantages
-    history = []
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    history = defaultdict(list)
     for _ in range(args.update_epochs):
-        value_loss = 0.5 * ((critic(obs) - returns) ** 2).mean()
+        value_loss = 0.5 * ((critic(obs) - value_targets) ** 2).mean()
         gradient_step(critic_optimizer, value_loss, "value_loss", args.max_grad_norm)
 
-        policy = actor(obs).log_softmax(-1)  # (B, N, A)
-        entropy = -(policy.exp() * policy).sum(-1).mean()
-        logratio = policy.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - logprobs  # (B, N)
+        all_logprobs = actor(obs).log_softmax(-1)  # (B, N, A)
+        entropy_loss = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
+        logprobs = all_logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B, N)
+        logratio = logprobs - old_logprobs
         ratio = logratio.exp()
-        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        policy_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
-        gradient_step(actor_optimizer, policy_loss - args.ent_coef * entropy, "policy_loss", args.max_grad_norm)
+        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        policy_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
+        gradient_step(actor_optimizer, policy_loss - args.ent_coef * entropy_loss, "policy_loss", args.max_grad_norm)
 
-        approx_kl = (ratio - 1 - logratio).mean()
-        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-        history.append(torch.stack([value_loss, policy_loss, entropy, approx_kl, clipfrac, ratio.mean()]).detach())
-    names = ("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac")
-    return dict(zip(names, torch.stack(history).mean(0))) | {"first_ratio": history[0][-1]}  # must be 1
+        history["value_loss"].append(value_loss.detach())
+        history["policy_loss"].append(policy_loss.detach())
+        history["entropy"].append(entropy_loss.detach())
+        history["approx_kl"].append((ratio - 1 - logratio).mean().detach())
+        history["clipfrac"].append(((ratio - 1).abs() > args.clip_coef).float().mean())
+        history["ratio"].append(ratio.mean().detach())
+    first_ratio = history.pop("ratio")[0]  # must be 1
+    means = {name: torch.stack(values).mean() for name, values in history.items()}
+    return means | {"first_ratio": first_ratio}
+
+
+def explained_variance(values, value_targets):
+    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for one that predicts the mean."""
+    return 1 - (value_targets - values).var() / value_targets.var()
 
 
 # EVALUATION
+def evaluation_is_due(evaluations, global_step, args):
+    """At the start, whenever global_step has passed a multiple of eval_interval, and at the end."""
+    if not evaluations:
+        return True
+    at_end = global_step >= args.total_timesteps and global_step > evaluations[-1]["global_step"]
+    return at_end or global_step // args.eval_interval > evaluations[-1]["evaluation"]
+
+
 def evaluate(actor, args, index, device):
     """Play eval_episodes episodes on fresh environments -> per-agent returns (episodes, N).
 
@@ -308,161 +441,456 @@ def evaluate(actor, args, index, device):
     """
     seeds = np.random.SeedSequence([args.seed, index]).generate_state(args.eval_episodes)
     envs = [make_env(args.env_id, args.winner_take_all, seed) for seed in seeds]
-    with torch.random.fork_rng(devices=[]):  # training goes on as if there had been no evaluation
-        torch.manual_seed(int(seeds[0]))
-        return collect(envs, actor, device, args.eval_greedy)[3].sum(0).cpu()
+    generator = torch.Generator().manual_seed(int(seeds[0]))  # training's random draws stay as they are
+    rollout = collect(envs, actor, device, args.eval_greedy, generator)
+    return rollout.rewards.sum(0).cpu()
 
 
-# CHECKPOINTS
+def evaluation_row(agent_returns, global_step, args):
+    """A row of evaluations.csv from the returns (episodes, N)."""
+    team_returns = agent_returns.sum(-1)
+    index = global_step // args.eval_interval
+    row = {
+        "global_step": global_step,
+        "evaluation": index,
+        "nominal_step": index * args.eval_interval,  # when it was due
+        "episodic_return": team_returns.mean().item(),
+        "episodic_return_std": team_returns.std(correction=0).item(),
+        "episodes": len(team_returns),
+    }
+    for i, mean in enumerate(agent_returns.mean(0).tolist()):
+        row[f"episodic_return_agent_{i}"] = mean
+    return row
+
+
+# RUN FOLDER: what keeps a run from being lost. Skip it on first reading.
+class Stopped(Exception):
+    """A stop signal has come: what is half done is dropped, the run is saved and ends."""
+
+
+class StopSignals:
+    """Ctrl-C, SIGTERM and SIGHUP: the run is saved and ends with status 128 + signal. A second one ends it at once.
+
+    They cut short what stands under `with stop_signals.raised():`, which changes nothing that is saved. Everything else
+    is finished first.
+    """
+
+    def __init__(self):
+        self.received = None
+        self.raising = False
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            signals.append(signal.SIGHUP)
+        for signum in signals:
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum, frame):
+        if self.received:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        self.received = signum
+        if self.raising:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def raised(self):
+        """Raise Stopped as soon as a signal comes, or at once if one has come before."""
+        self.raising = True
+        try:
+            if self.received:
+                raise Stopped
+            yield
+        finally:
+            self.raising = False
+
+
+class LastingStream:
+    """stdout or stderr, which may be closed or lose its reader: what nobody reads is dropped and the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")
+
+    def flush(self):
+        pass  # write() has
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """UserError for a full disk, a folder that is gone or read-only, and the like."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def write_atomically(path, data):
     """Write bytes to a temporary file and rename it: whenever the process is killed, path is whole, old or new."""
-    with open(path + ".tmp", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def parse_args(script):
-    """The checked command line and, under --resume, the checkpoint, which provides the settings that are not given."""
-    args, checkpoint = tyro.cli(Args), None
-    if args.resume:
+    temporary = path + ".tmp"
+    with writing(path):
         try:
-            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            writer, saved = checkpoint["script"], dict(checkpoint["args"])
-        except Exception as error:
-            raise UserError(f"--resume: {args.resume} is not a whole checkpoint ({type(error).__name__})") from error
-        if writer != script or saved.keys() != vars(args).keys():
-            raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
-        args = tyro.cli(Args, default=Args(**saved))
-        free = "resume save_model checkpoint_interval num_workers track wandb_project_name wandb_entity"
-        for name in saved.keys() - free.split():
-            if getattr(args, name) != saved[name] and (name != "total_timesteps" or args.total_timesteps < saved[name]):
-                raise UserError(f"--resume: {name} is {getattr(args, name)} here, {saved[name]} in the checkpoint")
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+
+
+def load_checkpoint(path):
+    """A checkpoint as the dict that save_checkpoint has written; UserError if it is not a whole one of this script."""
+    if not os.path.exists(path):
+        raise UserError(f"--resume: {path} does not exist")
+    try:
+        with open(path, "rb") as file:
+            data = io.BytesIO(file.read())
+        damaged = zipfile.ZipFile(data).testzip()  # torch.load itself does not look at the checksums
+        if damaged:
+            raise zipfile.BadZipFile(damaged)
+        data.seek(0)
+        checkpoint = dict(torch.load(data, map_location="cpu", weights_only=True))
+        script = checkpoint["script"]
+        settings = set(checkpoint["args"])
+    except Exception as error:
+        raise UserError(f"--resume: {path} is not a whole checkpoint ({type(error).__name__})") from error
+    if script != SCRIPT or settings != set(vars(Args())):
+        raise UserError(f"--resume: {path} was written by {script}.py or by another version of it")
+    return checkpoint
+
+
+def parse_args():
+    """The checked command line and the checkpoint of --resume or None."""
+    args = tyro.cli(Args)
+    checkpoint = None
+    if args.resume is not None:
+        path = args.resume
+        if os.path.isdir(path):
+            path = os.path.join(path, "checkpoint.pt")
+        checkpoint = load_checkpoint(path)
+        saved = checkpoint["args"]
+        args = tyro.cli(Args, default=Args(**saved))  # what the command line does not give is as it was
+        args.resume = path
+        free = {
+            "resume",
+            "save_model",
+            "checkpoint_interval",
+            "num_workers",
+            "track",
+            "wandb_project_name",
+            "wandb_entity",
+        }
+        for name, value in vars(args).items():
+            longer = name == "total_timesteps" and value >= saved[name]
+            if value != saved[name] and name not in free and not longer:
+                raise UserError(f"--resume: {name} is {value} here, {saved[name]} in the checkpoint")
     check_args(args)
     return args, checkpoint
 
 
+def make_run_name(args):
+    """A name for a new run's folder; UserError if it cannot be one."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    if not args.exp_name or "/" in args.exp_name or os.sep in args.exp_name or len(os.fsencode(name)) > 255:
+        raise UserError(f"exp_name must be a name for a folder: not empty, no slashes, not too long: {args.exp_name!r}")
+    return name
+
+
+def start_wandb(args, name):
+    """Copy to Weights and Biases whatever goes to TensorBoard from now on."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"--track needs Weights and Biases: pip install wandb ({error})") from error
+    try:
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=name,
+            config=vars(args),
+            sync_tensorboard=True,
+            save_code=True,
+        )
+    except Exception as error:  # not logged in, no network, ...
+        raise UserError(f"--track: {' '.join(str(error).split())}") from error
+
+
+def open_run_folder(run_name, args, checkpoint):
+    """The folder of a new run, or that of the checkpoint, and its file run.json, locked as long as this process lives.
+
+    UserError if it cannot be made, another process has it, or it holds another run or a later checkpoint of this one.
+    """
+    if checkpoint is None:
+        run_dir = os.path.join("runs", run_name)
+        with writing(run_dir):
+            try:
+                os.makedirs(run_dir)
+            except FileExistsError as error:
+                raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
+    else:
+        run_dir = os.path.dirname(os.path.realpath(args.resume))  # a link continues its own run
+        check_no_later_checkpoint(run_dir, args, checkpoint)
+    path = os.path.join(run_dir, "run.json")
+    with writing(path):
+        run_file = open(path, "a+", encoding="utf-8")
+    if os.name == "posix":
+        try:
+            fcntl.lockf(run_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is at the run {run_dir}") from error
+    run_file.seek(0)
+    try:
+        owner = json.load(run_file)["run_name"]
+    except (ValueError, KeyError, TypeError):  # new, or lost
+        owner = run_name
+        with writing(path):
+            run_file.truncate(0)
+            json.dump({"run_name": run_name, "args": vars(args)}, run_file, indent=1)
+            run_file.flush()
+    if owner != run_name:
+        raise UserError(f"--resume: {args.resume} is a checkpoint of {run_name}, its folder is that of {owner}")
+    return run_dir, run_file
+
+
+def check_no_later_checkpoint(run_dir, args, checkpoint):
+    """UserError if --resume names an older copy of a checkpoint: its run would be cut back."""
+    newest = os.path.join(run_dir, "checkpoint.pt")
+    if not os.path.exists(newest) or os.path.samefile(newest, args.resume):
+        return
+    try:
+        later_step = load_checkpoint(newest)["global_step"]
+    except UserError:
+        return  # a damaged one must not keep an older copy from being resumed
+    if later_step > checkpoint["global_step"]:
+        raise UserError(
+            f"--resume: {args.resume} is of frame {checkpoint['global_step']}, {newest} of frame {later_step}: "
+            "resume that one, or put the older one into a folder of its own"
+        )
+
+
+def open_log(run_dir, args, global_step, resumed):
+    """TensorBoard's writer for a run that stands at global_step; what was logged beyond is dropped."""
+    with writing(run_dir):
+        # A run's event files are read in the order of their names, which begin with the second of their start. Clocks
+        # may stand still or go back: the earlier files get the seconds 0, 1, 2, ...
+        earlier = sorted(name for name in os.listdir(run_dir) if name.startswith("events.out.tfevents."))
+        for k, name in enumerate(earlier):
+            rest = name.removeprefix("events.out.tfevents.").partition(".")[2]
+            os.rename(os.path.join(run_dir, name), os.path.join(run_dir, f"events.out.tfevents.{k:010d}.{rest}"))
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if resumed else None)
+        rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(rows))
+    return writer
+
+
+def log_scalars(writer, global_step, groups):
+    """Write groups, as {"charts": {"SPS": 5000.0}}, to TensorBoard, as charts/SPS."""
+    with writing(writer.log_dir):
+        for group, metrics in groups.items():
+            for name, value in metrics.items():
+                writer.add_scalar(f"{group}/{name}", float(value), global_step)
+
+
+def write_evaluations(run_dir, evaluations):
+    """Write evaluations.csv."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=evaluations[0].keys(), lineterminator="\n")
+    table.writeheader()
+    table.writerows(evaluations)
+    write_atomically(os.path.join(run_dir, "evaluations.csv"), text.getvalue().encode())
+
+
+def log_evaluation(writer, run_dir, evaluations, row):
+    """Append the row to the run's evaluations and write them to evaluations.csv and TensorBoard."""
+    evaluations.append(row)
+    write_evaluations(run_dir, evaluations)
+    metrics = {name: value for name, value in row.items() if name not in ("global_step", "evaluation", "nominal_step")}
+    log_scalars(writer, row["global_step"], {"eval": metrics})
+
+
+def get_random_state(envs):
+    """All that the following iterations draw from."""
+    return {"torch_rng": torch.get_rng_state(), "envs": [env.get_state() for env in envs]}
+
+
+def set_random_state(envs, random_state):
+    """Back to what get_random_state has returned."""
+    torch.set_rng_state(random_state["torch_rng"])
+    for env, state in zip(envs, random_state["envs"]):
+        env.set_state(state)
+
+
+def checkpoint_is_due(saved_step, global_step, args):
+    """After the first iteration and whenever global_step has passed a multiple of checkpoint_interval."""
+    if args.checkpoint_interval == 0 or global_step >= args.total_timesteps:
+        return False  # the end has a checkpoint of its own
+    return saved_step is None or global_step // args.checkpoint_interval > saved_step // args.checkpoint_interval
+
+
+def save_checkpoint(run_dir, run_name, args, trained, random_state, global_step, iteration, evaluations):
+    """Write checkpoint.pt: everything that the run needs to go on exactly."""
+    checkpoint = {
+        "script": SCRIPT,
+        "run_name": run_name,
+        "args": vars(args),
+        "global_step": global_step,
+        "iteration": iteration,
+        "evaluations": evaluations,
+    }
+    checkpoint |= random_state
+    for name, part in trained.items():
+        checkpoint[name] = part.state_dict()
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomically(os.path.join(run_dir, "checkpoint.pt"), buffer.getvalue())
+
+
 def main():
     # SET-UP
-    script = os.path.basename(__file__)[: -len(".py")]
-    args, checkpoint = parse_args(script)
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = os.path.dirname(os.path.abspath(args.resume)) if checkpoint else os.path.join("runs", run_name)
-    if args.track:
-        import wandb  # optional: pip install wandb
-
-        target = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": os.path.basename(run_dir)}
-        wandb.init(**target, sync_tensorboard=True, config=vars(args), save_code=True)
+    args, checkpoint = parse_args()
+    run_name = checkpoint["run_name"] if checkpoint else make_run_name(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
-        print(f"{script}: CUDA is not available, the CPU is used", file=sys.stderr)
-    stop_signals = []  # looked at between two iterations
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: stop_signals.append(signum))
+        print(f"{SCRIPT}: CUDA is not available, the CPU is used", file=sys.stderr)
+    if device.type == "cuda" and args.torch_deterministic:  # on a CPU the operations used here are deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     torch.set_num_threads(args.num_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.manual_seed(args.seed)  # PyTorch's CPU generator is the only random stream besides the environments' own
-    seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
-    envs = [make_env(args.env_id, args.winner_take_all, seed) for seed in seeds]
-    N, D, A = envs[0].n_agents, envs[0].observation_space[0].shape[0], int(envs[0].action_space[0].n)
+    stop_signals = StopSignals()
+
+    env_seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
+    envs = [make_env(args.env_id, args.winner_take_all, seed) for seed in env_seeds]
+    N = envs[0].n_agents
+    D = envs[0].observation_space[0].shape[0]
+    A = int(envs[0].action_space[0].n)
     actor = AgentNetwork(D, N, args.hidden_dim, A).to(device)
     critic = Critic(N * D, N, args.hidden_dim, 1).to(device)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "fused": True}
     actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
-    trained = {"actor": actor, "critic": critic}
-    trained |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    global_step, iteration, evaluations, saved_step = 0, 0, [], -1
+    trained = {
+        "actor": actor,
+        "actor_optimizer": actor_optimizer,
+        "critic": critic,
+        "critic_optimizer": critic_optimizer,
+    }
+    global_step = 0
+    iteration = 0
+    evaluations = []  # the rows of evaluations.csv
+    saved_step = None
     if checkpoint:
-        global_step, iteration, evaluations = (checkpoint[key] for key in ("global_step", "iteration", "evaluations"))
+        global_step = saved_step = checkpoint["global_step"]
+        iteration = checkpoint["iteration"]
+        evaluations = checkpoint["evaluations"]
         for name, part in trained.items():
             part.load_state_dict(checkpoint[name])
-        for env, (random_state, positions) in zip(envs, checkpoint["envs"]):
-            env.np_random.bit_generator.state = random_state
-            for player, position in zip(env.players, positions):
-                player.position = position  # lbforaging's reset avoids the cells where the players stood
-        torch.set_rng_state(checkpoint["torch_rng"])
-    try:
-        os.makedirs(run_dir, exist_ok=bool(checkpoint))
-    except FileExistsError as error:
-        raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else None)
-    settings = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + settings)
+        set_random_state(envs, checkpoint)
+    random_state = get_random_state(envs)
+
+    if args.track:
+        start_wandb(args, run_name)
+    run_dir, run_file = open_run_folder(run_name, args, checkpoint)
+    writer = open_log(run_dir, args, global_step, resumed=checkpoint is not None)
+    if evaluations:
+        write_evaluations(run_dir, evaluations)
     print(f"{run_dir}: {N} agents, {D} observations, {A} actions, {args.num_envs} episodes per iteration, {device}")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", unit_scale=True, mininterval=1.0)
-    start_time, start_step = time.time(), global_step
+    start_time = time.time()
+    start_step = global_step
 
-    while True:
-        # EVALUATE (first the untrained policy)
-        finished = global_step >= args.total_timesteps
-        every, last = args.eval_interval, evaluations[-1]["global_step"] if evaluations else -1
-        if not stop_signals and (global_step // every > last // every or finished and global_step > last):
-            returns = evaluate(actor, args, global_step // every, device)  # (episodes, N)
-            team, agents = returns.sum(-1), returns.mean(0).tolist()
-            row = {"episodic_return": team.mean().item(), "episodic_return_std": team.std(correction=0).item()}
-            row |= {"episodes": len(team)} | {f"episodic_return_agent_{i}": mean for i, mean in enumerate(agents)}
-            for name, value in row.items():
-                writer.add_scalar(f"eval/{name}", value, global_step)
-            evaluations.append({"global_step": global_step} | row)
-            text = "".join(",".join(map(str, line)) + "\n" for line in [evaluations[0], *map(dict.values, evaluations)])
-            write_atomically(os.path.join(run_dir, "evaluations.csv"), text.encode())
+    try:
+        # EVALUATE the untrained policy, or what a stop signal has kept from being evaluated
+        if evaluation_is_due(evaluations, global_step, args):
+            with stop_signals.raised():
+                agent_returns = evaluate(actor, args, global_step // args.eval_interval, device)  # (episodes, N)
+            log_evaluation(writer, run_dir, evaluations, evaluation_row(agent_returns, global_step, args))
 
-        # SAVE
-        every = args.checkpoint_interval
-        due = every and (finished or global_step // every > saved_step // every)
-        if due or stop_signals or finished and args.save_model:
-            state = {name: part.state_dict() for name, part in trained.items()}
-            state |= {"script": script, "args": vars(args), "evaluations": evaluations, "iteration": iteration}
-            state |= {"global_step": global_step, "torch_rng": torch.get_rng_state()}
-            state["envs"] = [(e.np_random.bit_generator.state, [p.position for p in e.players]) for e in envs]
-            torch.save(state, buffer := io.BytesIO())
-            write_atomically(os.path.join(run_dir, "checkpoint.pt"), buffer.getvalue())
-            saved_step = global_step
-        if finished or stop_signals:
-            break
+        while global_step < args.total_timesteps:
+            # COLLECT
+            with stop_signals.raised():
+                rollout = collect(envs, actor, device)  # (T, E, N, ...)
+            alive = rollout.alive
+            iteration += 1
+            global_step += int(alive.sum())
 
-        # COLLECT
-        iteration += 1
-        obs, actions, logprobs, rewards, terminated, alive = collect(envs, actor, device)  # (T, E, N, ...)
-        global_step += int(alive.sum())
+            # ADVANTAGES
+            with torch.no_grad():
+                values = critic(rollout.obs)  # (T+1, E, N)
+            experience = (rollout.rewards, values, rollout.terminated, alive)
+            advantages = gae(*experience, args.gamma, args.gae_lambda)  # (T, E, N)
+            value_targets = advantages + values[:-1]
 
-        # ADVANTAGES
-        with torch.no_grad():
-            values = critic(obs)  # (T+1, E, N)
-        advantages = gae(rewards, values, terminated, alive, args.gamma, args.gae_lambda)  # (T, E, N)
-        returns = advantages + values[:-1]
+            # UPDATE POLICY AND CRITIC
+            losses = ppo_update(
+                actor,
+                critic,
+                actor_optimizer,
+                critic_optimizer,
+                rollout.obs[:-1][alive],  # (B, N, D)
+                rollout.actions[alive],  # (B, N)
+                rollout.logprobs[alive],
+                advantages[alive],
+                value_targets[alive],
+                args,
+            )
+            random_state = get_random_state(envs)
 
-        # UPDATE POLICY AND CRITIC
-        batch = [x[alive] for x in (obs[:-1], actions, logprobs, advantages, returns)]  # (B, N, ...)
-        try:
-            losses = ppo_update(actor, critic, actor_optimizer, critic_optimizer, *batch, args)
-        except UserError as error:
-            bar.close()
-            last = f"the last checkpoint is of frame {saved_step}" if saved_step >= 0 else "there is no checkpoint"
-            raise UserError(f"iteration {iteration}: {error}; {last}") from error
+            # LOG
+            losses["explained_variance"] = explained_variance(values[:-1][alive], value_targets[alive])
+            charts = episode_charts(rollout)
+            charts["learning_rate"] = args.learning_rate
+            charts["SPS"] = (global_step - start_step) / max(time.time() - start_time, 1e-9)
+            log_scalars(writer, global_step, {"charts": charts, "losses": losses})
+            last_return = evaluations[-1]["episodic_return"]
+            bar.set_postfix(eval=f"{last_return:.3f}", refresh=False)
+            bar.update(global_step - bar.n)
 
-        # LOG
-        losses["explained_variance"] = 1 - (returns - values[:-1])[alive].var() / returns[alive].var()
-        episodes = rewards.sum(0).mean(0)  # (N), mean return of each agent
-        charts = {"episodic_return": episodes.sum(), "episodic_length": alive.sum(0).float().mean()}
-        charts |= {f"episodic_return_agent_{i}": value for i, value in enumerate(episodes)}
-        charts |= {"learning_rate": args.learning_rate, "SPS": (global_step - start_step) / (time.time() - start_time)}
-        for group, metrics in (("charts", charts), ("losses", losses)):
-            for name, value in metrics.items():
-                writer.add_scalar(f"{group}/{name}", float(value), global_step)
-        bar.set_postfix(eval=f"{evaluations[-1]['episodic_return']:.3f}", refresh=False)
-        bar.update(global_step - bar.n)
+            # EVALUATE
+            if evaluation_is_due(evaluations, global_step, args):
+                with stop_signals.raised():
+                    agent_returns = evaluate(actor, args, global_step // args.eval_interval, device)  # (episodes, N)
+                log_evaluation(writer, run_dir, evaluations, evaluation_row(agent_returns, global_step, args))
 
+            # SAVE
+            if checkpoint_is_due(saved_step, global_step, args):
+                save_checkpoint(run_dir, run_name, args, trained, random_state, global_step, iteration, evaluations)
+                saved_step = global_step
+    except Stopped:
+        pass  # saved below
+    except UserError as error:
+        bar.close()
+        with contextlib.suppress(OSError):
+            writer.close()
+        last = "there is no checkpoint" if saved_step is None else f"the last checkpoint is of frame {saved_step}"
+        raise UserError(f"iteration {iteration}: {error}; {last}") from error
+
+    if stop_signals.received or args.checkpoint_interval or args.save_model:
+        save_checkpoint(run_dir, run_name, args, trained, random_state, global_step, iteration, evaluations)
     bar.close()
-    writer.close()
-    sys.exit(128 + stop_signals[0] if stop_signals else 0)
+    with writing(run_dir):
+        writer.close()
+    run_file.close()
+    if stop_signals.received:
+        sys.exit(128 + stop_signals.received)
 
 
 if __name__ == "__main__":
+    sys.stdout = LastingStream(sys.stdout)
+    sys.stderr = LastingStream(sys.stderr)
     try:
         main()
-    except (UserError, ImportError) as error:
-        print(f"{os.path.basename(__file__)}: {error}", file=sys.stderr)
+    except UserError as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -57,7 +57,7 @@ def run_inside(script, *options, cwd):
 
     A script that is given as a module (see load) runs its main() as it is now, monkeypatched or not.
     """
-    signals = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signals = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     before, argv, status = os.getcwd(), sys.argv, 0
     out, err = io.StringIO(), io.StringIO()
     os.chdir(cwd)

@@ -53,7 +53,7 @@ def test_a_script_alone_in_an_empty_folder(lbf_script, tmp_path):
     folder = run_folder(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {Path(alone).name, "runs"}
     assert re.fullmatch(rf"Foraging-5x5-3p-2f-v3__{Path(alone).stem}__1__\d+", folder.name)
-    assert {path.name.split(".")[0] for path in folder.iterdir()} == {"checkpoint", "evaluations", "events"}
+    assert {path.name.split(".")[0] for path in folder.iterdir()} == {"checkpoint", "evaluations", "events", "run"}
     assert len(done.stdout.splitlines()) == 1 and "3 agents, 15 observations, 6 actions" in done.stdout
 
     tags = scalars(folder)
@@ -82,7 +82,7 @@ def test_a_script_alone_in_an_empty_folder(lbf_script, tmp_path):
         assert (predictor > 0).all() and (predictor <= math.log(6) + 1e-5).all()
         assert values(tags, "graph/entropy_ratio") == pytest.approx(reverse / predictor, rel=1e-5)
 
-    header = ["global_step", "episodic_return", "episodic_return_std", "episodes"]
+    header = ["global_step", "evaluation", "nominal_step", "episodic_return", "episodic_return_std", "episodes"]
     header += [f"episodic_return_agent_{i}" for i in range(3)]
     with open(folder / "evaluations.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -92,7 +92,9 @@ def test_a_script_alone_in_an_empty_folder(lbf_script, tmp_path):
         if step >= 700 * len(due) or step == boundaries[-1]:
             due.append(step)
     assert [int(row["global_step"]) for row in rows] == due and len(due) >= 4
-    for name in header[1:]:
+    assert [int(row["evaluation"]) for row in rows] == [step // 700 for step in due]
+    assert all(int(row["nominal_step"]) == 700 * int(row["evaluation"]) for row in rows)
+    for name in header[3:]:
         assert tags[f"eval/{name}"] == [(int(row["global_step"]), np.float32(row[name])) for row in rows], name
     means = [[float(row[f"episodic_return_agent_{i}"]) for i in range(3)] for row in rows]
     assert [float(row["episodic_return"]) for row in rows] == pytest.approx(np.sum(means, 1), abs=1e-6)

@@ -1,6 +1,5 @@
 """Masks, recurrence, deaths and chunks of the SMAClite scripts, on tensors made here: none of this needs smaclite."""
 
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -83,9 +82,9 @@ def update(rollout, advantages, **changes):
     with torch.no_grad():
         policy, _ = actor(rollout.obs[:-1], rollout.avail)
         logprobs = policy.gather(-1, rollout.actions.unsqueeze(-1)).squeeze(-1)
-    batch = data.obs[:-1], data.state[:-1], data.avail, data.active, data.alive, data.actions, logprobs, advantages
+    data.logprobs = logprobs
     args = SimpleNamespace(update_epochs=1, norm_adv=True, clip_coef=0.2, ent_coef=0.01, max_grad_norm=10.0)
-    return dg.ppo_update(actor, critic, *optimizers, (*batch, data.returns), args)
+    return dg.ppo_update(actor, critic, *optimizers, data, advantages, data.returns, args)
 
 
 def test_the_dead_and_the_padding_are_in_no_policy_loss(rollout):
@@ -136,7 +135,7 @@ def test_chunks_change_nothing(rollout):
         assert torch.equal(graph, results[0][0])
         torch.testing.assert_close(numbers, results[0][1])
         torch.testing.assert_close(weights, results[0][2])
-    assert [len(dg.chunks(T, E, N, n)) for n in (1, E * N * N * 3, 10**6)] == [7, 3, 1]
+    assert [len(dg.time_chunks(T, E, N, n)) for n in (1, E * N * N * 3, 10**6)] == [7, 3, 1]
 
 
 def test_model_losses_are_the_cross_entropies_of_the_living(rollout):
@@ -167,7 +166,8 @@ def test_the_edge_rule_row_is_the_influencer(rollout):
     """An edge i -> j compares the entropy of i's action given j with that of i's action: rows of one predictor."""
     graph_models = models()
     with torch.no_grad():
-        _, predicted, reverse, pairs = graph_models(rollout.obs, rollout.avail, rollout.active)
+        _, predicted, reverse = graph_models(rollout.obs, rollout.avail, rollout.active)
+        pairs = dg.living_pairs(rollout.active)
         entropies = [-(x.log_softmax(-1).exp() * x.log_softmax(-1)).sum(-1) for x in (predicted, reverse)]
         own = torch.zeros(T, E, N).masked_scatter(rollout.active, entropies[0])
         pair = torch.zeros(T, E, N, N).masked_scatter(pairs, entropies[1])
@@ -177,12 +177,10 @@ def test_the_edge_rule_row_is_the_influencer(rollout):
 
 
 def test_without_smaclite_one_sentence_says_what_to_install(tmp_path):
-    (tmp_path / "smaclite").mkdir()
-    (tmp_path / "smaclite" / "__init__.py").write_text("raise ImportError('not here')\n")
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    code = "import runpy, sys; sys.modules['smaclite'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
     for script in ("mappo_dg_smaclite.py", "baselines/mappo_local_smaclite.py", "baselines/mappo_global_smaclite.py"):
         done = subprocess.run(
-            [sys.executable, ROOT / script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", code, ROOT / script], cwd=tmp_path, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 2
         assert "requirements-smaclite.txt" in done.stderr and len(done.stderr.strip().splitlines()) == 1

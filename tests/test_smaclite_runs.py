@@ -72,7 +72,8 @@ def test_what_a_run_gives(script, tmp_path):
     assert ("graph/density" in tags) == ("losses/reverse_model_accuracy" in tags) == ("_dg_" in script)
     assert all(event.value == pytest.approx(1, abs=1e-4) for event in events.Scalars("losses/first_ratio"))
     rows = list(csv.DictReader(open(folder / "evaluations.csv")))
-    assert list(rows[0])[:5] == ["global_step", "episodic_return", "episodic_return_std", "episodes", "win_rate"]
+    assert list(rows[0])[:3] == ["global_step", "evaluation", "nominal_step"]
+    assert list(rows[0])[3:7] == ["episodic_return", "episodic_return_std", "episodes", "win_rate"]
     assert int(rows[0]["global_step"]) == 0 and int(rows[-1]["global_step"]) >= 900
     for row in rows:
         agents = [float(row[f"episodic_return_agent_{i}"]) for i in range(2)]
