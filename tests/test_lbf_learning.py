@@ -1,5 +1,6 @@
 """The networks, the graph's rule, the losses, and that a small task is learned."""
 
+import copy
 import csv
 import itertools
 import math
@@ -115,6 +116,30 @@ def test_ppo_raises_the_probability_of_good_actions(ppo_data):
     before = actor(obs).softmax(-1)[..., 5].mean()
     actor.load_state_dict(weights)
     assert actor(obs).softmax(-1)[..., 5].mean() > before + 0.1
+
+
+def step_lengths(module, data, max_grad_norm):
+    """How far one epoch of plain gradient descent moves the weights of policy and critic: the gradients' norms."""
+    actor, batch = data
+    torch.manual_seed(1)
+    critic = module.AgentNetwork(12, 3, 32, 1)
+    args = SimpleNamespace(norm_adv=False, update_epochs=1, clip_coef=0.2, ent_coef=0.1, max_grad_norm=max_grad_norm)
+    networks = copy.deepcopy(actor), critic
+    before = [nn.utils.parameters_to_vector(network.parameters()).detach().clone() for network in networks]
+    optimizers = [torch.optim.SGD(network.parameters(), lr=1.0) for network in networks]
+    module.ppo_update(networks[0], lambda obs: critic(obs).squeeze(-1), *optimizers, *batch, args)
+    after = [nn.utils.parameters_to_vector(network.parameters()).detach() for network in networks]
+    return [(a - b).norm().item() for a, b in zip(before, after)]
+
+
+def test_the_gradients_of_policy_and_critic_are_clipped(ppo_data):
+    """Each by itself, to max_grad_norm, and only where they are longer."""
+    module, data = ppo_data
+    free = step_lengths(module, data, math.inf)
+    assert min(free) > 0.02 and max(free) > 1.5 * min(free)
+    for limit in (0.01, sum(free) / 2):
+        expected = [min(length, limit) for length in free]
+        assert step_lengths(module, data, limit) == pytest.approx(expected, rel=1e-3)
 
 
 def test_padding_never_changes_a_loss(lbf_script, tmp_path, monkeypatch):
@@ -364,6 +389,22 @@ def test_graph_statistics():
     assert metrics["oracle_precision"] == pytest.approx(1 / 3) and metrics["oracle_recall"] == pytest.approx(1 / 4)
     empty = torch.eye(3, dtype=torch.bool).repeat(2, 1, 1)
     assert set(map(float, dg.graph_statistics(empty, empty).values())) == {0.0}
+
+
+def test_the_gradient_of_the_graph_models_is_not_clipped(dg_script):
+    """One step of plain gradient descent, where the gradient is longer than any limit that PPO has."""
+    module = load(dg_script)
+    models, obs, actions = module.GraphModels(10, 6), torch.randn(6, 3, 3, 10), torch.randint(6, (15, 3))
+    models.action_predictor[-1].weight.data.mul_(1000)
+    logits = models(obs, torch.ones(5, 3, dtype=torch.bool))
+    targets = actions, actions, actions.unsqueeze(-1).expand(15, 3, 3)  # the action of i for every pair (i, j)
+    loss = sum(nn.functional.cross_entropy(x.flatten(0, -2), y.flatten()) for x, y in zip(logits, targets))
+    gradients = torch.autograd.grad(loss, models.parameters(), retain_graph=True)
+    before = copy.deepcopy(list(models.parameters()))
+    module.update_graph_models(logits, actions, torch.optim.SGD(models.parameters(), lr=1.0))
+    assert max(gradient.norm() for gradient in gradients) > 100
+    for old, new, gradient in zip(before, models.parameters(), gradients):
+        torch.testing.assert_close(old - new, gradient, rtol=1e-3, atol=1e-4)
 
 
 # LEARNING
