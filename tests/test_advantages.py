@@ -198,3 +198,10 @@ def test_padding_is_exactly_zero_and_never_read():
     values[behind] = math.nan
     result = dg.multi_agent_gae(rewards, values, terminated, alive, graph, 0.99, 0.95)
     assert torch.equal(result, expected)
+
+
+def test_the_diagonal_of_a_graph_is_always_meant():
+    _, _, _, alive, graph = episodes(4, 10, 6, 3)
+    assert not alive.all() and not graph.all()
+    eye = torch.eye(3, dtype=torch.bool)
+    assert torch.equal(dg.meeting_times(graph & ~eye, alive), loop_meeting_times(graph | eye, alive))

@@ -319,36 +319,92 @@ def greedy_setting(script):
     return [env], lambda obs: logits.expand(*obs.shape[:-1], 6), torch.device("cpu"), True
 
 
-LIVE = "--learning-rate 1e-3|--gamma 0.5|--gae-lambda 0.5|--update-epochs 2|--clip-coef 1e-4|--ent-coef 0.5"
-LIVE += "|--max-grad-norm 1e-3|--hidden-dim 32|--num-envs 3|--seed 2|--winner-take-all|--env-id Foraging-5x5-3p-2f-v3"
-LIVE_DG = "--c 0.999|--graph-p 0.2 --graph random|--oracle-distance 1 --graph oracle|--no-soft|--no-encoder"
-LIVE_DG += "|--edge-drop 0.5 --graph complete|--edge-add 0.5|--transpose-graph --c 1"
+# What an option may change: the folder's name, the evaluation of the untrained policy, the losses and the graph of the
+# training, its length, the later evaluations, whether there is a checkpoint at the end.
+TRAINS = {"training", "evaluations"}
+EFFECTS = {  # option: (the settings to which it is added, its setting, what it changes and nothing else)
+    "exp_name": ("", "--exp-name other", {"name"}),
+    "seed": ("", "--seed 2", TRAINS | {"name", "untrained"}),
+    "save_model": ("", "--save-model", {"checkpoint"}),
+    "checkpoint_interval": ("", "--checkpoint-interval 300", {"checkpoint"}),
+    "env_id": ("", "--env-id Foraging-6x6-3p-3f-v3", TRAINS | {"name", "untrained"}),
+    "winner_take_all": ("", "--winner-take-all", TRAINS | {"untrained"}),
+    "total_timesteps": ("", "--total-timesteps 850", {"length", "evaluations"}),
+    "num_envs": ("", "--num-envs 3", TRAINS),
+    "eval_interval": ("", "--eval-interval 300", {"evaluations"}),
+    "eval_episodes": ("", "--eval-episodes 19", {"untrained", "evaluations"}),
+    "eval_greedy": ("", "--eval-greedy", {"untrained", "evaluations"}),
+    "hidden_dim": ("", "--hidden-dim 32", TRAINS | {"untrained"}),
+    "learning_rate": ("", "--learning-rate 5e-3", TRAINS),
+    "gamma": ("", "--gamma 0.5", TRAINS),
+    "gae_lambda": ("", "--gae-lambda 0.5", TRAINS),
+    "update_epochs": ("--learning-rate 5e-3", "--update-epochs 2", TRAINS),
+    "norm_adv": ("--learning-rate 5e-3", "--norm-adv", TRAINS),
+    "clip_coef": ("--learning-rate 5e-3", "--clip-coef 1e-3", TRAINS),
+    "ent_coef": ("--learning-rate 5e-3", "--ent-coef 0.5", TRAINS),
+    "max_grad_norm": ("--learning-rate 5e-3", "--max-grad-norm 1e-5", TRAINS),
+}
+EFFECTS_OF_THE_GRAPH = {
+    "c": ("--learning-rate 5e-3", "--c 0.999", TRAINS),
+    "graph": ("--learning-rate 5e-3", "--graph complete", TRAINS),
+    "graph_p": ("--learning-rate 5e-3 --graph random", "--graph-p 0.05", TRAINS),
+    "oracle_distance": ("--learning-rate 5e-3 --graph oracle", "--oracle-distance 1", TRAINS),
+    "soft": ("--learning-rate 5e-3", "--no-soft", TRAINS),
+    "encoder": ("", "--no-encoder", TRAINS),
+    "edge_drop": ("--learning-rate 5e-3 --graph complete", "--edge-drop 0.9", TRAINS),
+    "edge_add": ("--learning-rate 5e-3", "--edge-add 0.9", TRAINS),
+    "transpose_graph": ("--learning-rate 5e-3 --c 1", "--transpose-graph", TRAINS),
+}
+HAVE_TESTS_OF_THEIR_OWN = {"torch_deterministic", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity"}
+HAVE_TESTS_OF_THEIR_OWN |= {"resume"}
 
 
-def learning_curve(script, cwd, *options):
-    tags = tags_of(script, cwd, *options)
-    return [tags[f"losses/{name}"] for name in ("value_loss", "policy_loss", "entropy")]
+def aspects(script, cwd, *options):
+    """A run of three iterations or more, by what an option may change."""
+    tags = tags_of(script, cwd, "--eval-episodes", 20, *options)
+    folder = run_folder(cwd)
+    with open(folder / "evaluations.csv", newline="", encoding="utf-8") as file:
+        untrained, *evaluations = csv.DictReader(file)
+    curves = {tag: points[:3] for tag, points in tags.items() if tag.startswith(("losses/", "graph/"))}
+    frames = tags["losses/entropy"][-1][0]
+    return {
+        "name": folder.name.rpartition("__")[0],
+        "untrained": untrained,
+        "training": curves,
+        "length": frames // 200,  # an iteration is 200 frames or less, and 600 are asked for
+        "evaluations": evaluations,
+        "checkpoint": (folder / "checkpoint.pt").exists(),
+    }
 
 
-def test_no_option_of_ppo_is_dead(tmp_path):
-    script = "baselines/mappo_local_lbf.py"
-    default = learning_curve(script, tmp_path / "default")
-    for i, options in enumerate(LIVE.split("|")):
-        assert learning_curve(script, tmp_path / str(i), *options.split()) != default, options
-    for i, options in enumerate(("--num-threads 1", "--exp-name other", "--checkpoint-interval 300", "--save-model")):
-        assert learning_curve(script, tmp_path / f"same {i}", *options.split()) == default, options
+@pytest.fixture(scope="module")
+def runs_without(tmp_path_factory):
+    """The aspects of the runs to which options are added, each played once."""
+    played = {}
+
+    def play(script, base):
+        if (script, base) not in played:
+            played[script, base] = aspects(script, tmp_path_factory.mktemp("base"), *base.split())
+        return played[script, base]
+
+    return play
 
 
-def test_no_option_of_the_graph_is_dead(tmp_path):
-    default = {}
-    for i, options in enumerate(LIVE_DG.split("|")):
-        base = [word for word in options.split("--")[1:] if word.startswith(("graph ", "c 1"))] * (
-            options.count("--") > 1
-        )
-        base = " ".join(f"--{word}" for word in base).split()
-        if str(base) not in default:
-            default[str(base)] = learning_curve("mappo_dg_lbf.py", tmp_path / f"base {i}", *base)
-        assert learning_curve("mappo_dg_lbf.py", tmp_path / str(i), *options.split()) != default[str(base)], options
+@pytest.mark.parametrize("script", ["mappo_dg_lbf.py", "baselines/ippo_global_lbf.py"])
+@pytest.mark.parametrize("option", EFFECTS | EFFECTS_OF_THE_GRAPH)
+def test_an_option_changes_what_it_should_and_nothing_else(script, option, runs_without, tmp_path):
+    if option in EFFECTS_OF_THE_GRAPH and script not in DG_SCRIPTS:
+        assert option not in vars(load(script).Args())
+        return
+    base, setting, changes = (EFFECTS | EFFECTS_OF_THE_GRAPH)[option]
+    without, with_it = runs_without(script, base), aspects(script, tmp_path, *base.split(), *setting.split())
+    assert {name for name in without if with_it[name] != without[name]} == changes
+
+
+def test_every_option_has_a_test(lbf_script):
+    options = set(vars(load(lbf_script).Args()))
+    graph = set(EFFECTS_OF_THE_GRAPH) if lbf_script in DG_SCRIPTS else set()
+    assert options == set(EFFECTS) | HAVE_TESTS_OF_THEIR_OWN | graph
 
 
 @pytest.mark.parametrize(
