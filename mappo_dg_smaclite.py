@@ -895,7 +895,7 @@ class StopSignals:
         for signum in signals:
             signal.signal(signum, self.handle)
 
-    def handle(self, signum, frame):
+    def handle(self, signum, _):
         if self.received:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
@@ -1008,6 +1008,19 @@ def parse_args():
                 raise UserError(f"--resume: {name} is {value} here, {saved[name]} in the checkpoint")
     check_args(args)
     return args, checkpoint
+
+
+def choose_device(args):
+    """The GPU if it is asked for and there is one, with deterministic algorithms unless they are switched off."""
+    if not args.cuda:
+        return torch.device("cpu")  # what is used here is deterministic on a CPU
+    if not torch.cuda.is_available():
+        print(f"{SCRIPT}: CUDA is not available, the CPU is used", file=sys.stderr)
+        return torch.device("cpu")
+    if args.torch_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    return torch.device("cuda")
 
 
 def make_run_name(args):
@@ -1170,12 +1183,7 @@ def main():
     args, checkpoint = parse_args()
     check_graph_args(args)
     run_name = checkpoint["run_name"] if checkpoint else make_run_name(args)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.cuda and device.type == "cpu":
-        print(f"{SCRIPT}: CUDA is not available, the CPU is used", file=sys.stderr)
-    if device.type == "cuda" and args.torch_deterministic:  # on a CPU the operations used here are deterministic
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    device = choose_device(args)
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)  # PyTorch's CPU generator is the only random stream besides the environments' own
     stop_signals = StopSignals()

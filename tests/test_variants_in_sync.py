@@ -254,14 +254,14 @@ def never_read(text):
     read = reads(tree)
     for node, hooks in definitions:
         mine = reads(node)
-        if node.name not in hooks and read[node.name] <= mine[node.name]:
+        if node.name not in hooks and not node.name.startswith("__") and read[node.name] <= mine[node.name]:
             dead.add(node.name)
         if isinstance(node, ast.FunctionDef):
             names = {x.id for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
             if node.name == "__init__" or node.name not in hooks:
                 names |= {x.arg for x in ast.walk(node) if isinstance(x, ast.arg)}
             dead |= {f"{node.name}: {name}" for name in names - mine.keys() - {"self", "_"}}
-    used = [node for node in tree.body if getattr(node, "name", "") != "check_args"]
+    used = [node for node in tree.body if getattr(node, "name", "") not in ("check_args", "check_graph_args")]
     options = {field.target.id for field in classes["Args"].body if isinstance(field, ast.AnnAssign)}
     return dead | {f"--{name}" for name in options - set().union(*map(options_read, used))}
 
