@@ -449,10 +449,11 @@ def evaluation_row(agent_returns, global_step, args):
     """A row of evaluations.csv from the returns (episodes, N)."""
     team_returns = agent_returns.sum(-1)
     index = global_step // args.eval_interval
+    at_end = global_step >= args.total_timesteps
     row = {
         "global_step": global_step,
         "evaluation": index,
-        "nominal_step": index * args.eval_interval,  # when it was due
+        "nominal_step": args.total_timesteps if at_end else index * args.eval_interval,  # when it was due
         "episodic_return": team_returns.mean().item(),
         "episodic_return_std": team_returns.std(correction=0).item(),
         "episodes": len(team_returns),
