@@ -402,13 +402,12 @@ class AgentNetwork(nn.Module):
         super().__init__()
         bound = (in_dim + num_agents) ** -0.5  # PyTorch's for a linear layer on [x, one-hot agent id]
         self.input = nn.Linear(in_dim, hidden_dim)
-        self.agent_id = nn.Embedding(num_agents, hidden_dim)
-        nn.init.uniform_(self.agent_id.weight, -bound, bound)
+        self.agent_id = nn.Parameter(torch.empty(num_agents, hidden_dim).uniform_(-bound, bound))
         self.hidden = nn.Linear(hidden_dim, hidden_dim)
         self.output = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, x):
-        x = torch.relu(self.input(x) + self.agent_id.weight)
+        x = torch.relu(self.input(x) + self.agent_id)
         x = torch.relu(self.hidden(x))
         return self.output(x)
 
@@ -420,14 +419,13 @@ class Actor(nn.Module):
         super().__init__()
         bound = (obs_dim + num_agents) ** -0.5  # PyTorch's for a linear layer on [obs, one-hot agent id]
         self.input = nn.Linear(obs_dim, hidden_dim)
-        self.agent_id = nn.Embedding(num_agents, hidden_dim)
-        nn.init.uniform_(self.agent_id.weight, -bound, bound)
+        self.agent_id = nn.Parameter(torch.empty(num_agents, hidden_dim).uniform_(-bound, bound))
         self.gru = nn.GRU(hidden_dim, hidden_dim)
         self.output = nn.Linear(hidden_dim, num_actions)
 
     def forward(self, obs, avail, memory=None):
         """obs (T, E, N, D), avail (T, E, N, A) bool, memory (1, E * N, H) -> log-probabilities (T, E, N, A), memory."""
-        x = torch.relu(self.input(obs) + self.agent_id.weight)  # (T, E, N, H)
+        x = torch.relu(self.input(obs) + self.agent_id)  # (T, E, N, H)
         x, memory = self.gru(x.flatten(1, 2), memory)  # (T, E * N, H)
         logits = self.output(x).view(avail.shape)
         return mask_logits(logits, avail).log_softmax(-1), memory
@@ -459,16 +457,16 @@ class ReverseModel(nn.Module):
 
     def __init__(self, latent_dim, num_actions):
         super().__init__()
-        # the first layer sees the three vectors side by side: computed once per agent, added per pair
-        self.influencer = nn.Linear(latent_dim, 256)
-        self.influenced = nn.Linear(2 * latent_dim, 256)
+        self.input = nn.Linear(3 * latent_dim, 256)  # of [z^j, z'^j, z^i]
         self.head = nn.Sequential(nn.ReLU(), nn.LayerNorm(256), mlp(256, 128, 128, num_actions))
 
     def forward(self, z, z_next, pairs):
         """z and z_next (..., N, Z), pairs (..., N_i, N_j) bool, P of them true -> (P, A)."""
-        influencer = self.influencer(z).unsqueeze(-2)  # (..., N_i, 1, 256)
-        influenced = self.influenced(torch.cat([z, z_next], -1)).unsqueeze(-3)  # (..., 1, N_j, 256)
-        return self.head((influencer + influenced)[pairs])
+        # the widest layer: computed once per agent and added per pair, instead of once per pair
+        influenced_weight, influencer_weight = self.input.weight.split([2 * z.shape[-1], z.shape[-1]], dim=1)
+        influenced = torch.cat([z, z_next], -1) @ influenced_weight.T  # (..., N_j, 256)
+        influencer = z @ influencer_weight.T + self.input.bias  # (..., N_i, 256)
+        return self.head((influencer.unsqueeze(-2) + influenced.unsqueeze(-3))[pairs])
 
 
 class GraphLogits(NamedTuple):
@@ -578,17 +576,17 @@ def dependence_graph(args, models, obs, avail, active):
     identity = torch.eye(N, dtype=torch.bool, device=active.device).expand(*active.shape, N)
     charts = {}
     if args.graph == "learned":
-        change_edges(identity, drop=0.0, add=0.0)
         graph, charts = learned_graph(models, obs, avail, active, args.c, args.pair_chunk)
     elif args.graph == "random":
         graph = change_edges(identity, drop=0.0, add=args.graph_p)
     elif args.graph == "complete":
-        graph = change_edges(identity, drop=0.0, add=1.0)
+        graph = torch.ones_like(identity)
     else:
-        graph = change_edges(identity, drop=0.0, add=0.0)
+        graph = identity
     if args.transpose_graph:
         graph = graph.transpose(-1, -2)
-    graph = change_edges(graph, args.edge_drop, args.edge_add)
+    if args.edge_drop or args.edge_add:
+        graph = change_edges(graph, args.edge_drop, args.edge_add)
     return graph & living_pairs(active), charts
 
 
@@ -655,7 +653,7 @@ def gae(rewards, values, terminated, alive, gamma, gae_lambda):
         next_values = values[t + 1].masked_fill(terminated[t].unsqueeze(-1), 0.0)
         delta = rewards[t] + gamma * next_values - values[t]
         last_advantage = last_advantage.masked_fill(terminated[t].unsqueeze(-1), 0.0)
-        last_advantage = torch.addcmul(delta, torch.tensor(gamma * gae_lambda, device=delta.device), last_advantage)
+        last_advantage = delta + gamma * gae_lambda * last_advantage
         last_advantage = last_advantage.masked_fill(~alive[t].unsqueeze(-1), 0.0)
         advantages[t] = last_advantage
     return advantages

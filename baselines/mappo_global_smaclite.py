@@ -372,13 +372,12 @@ class AgentNetwork(nn.Module):
         super().__init__()
         bound = (in_dim + num_agents) ** -0.5  # PyTorch's for a linear layer on [x, one-hot agent id]
         self.input = nn.Linear(in_dim, hidden_dim)
-        self.agent_id = nn.Embedding(num_agents, hidden_dim)
-        nn.init.uniform_(self.agent_id.weight, -bound, bound)
+        self.agent_id = nn.Parameter(torch.empty(num_agents, hidden_dim).uniform_(-bound, bound))
         self.hidden = nn.Linear(hidden_dim, hidden_dim)
         self.output = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, x):
-        x = torch.relu(self.input(x) + self.agent_id.weight)
+        x = torch.relu(self.input(x) + self.agent_id)
         x = torch.relu(self.hidden(x))
         return self.output(x)
 
@@ -390,14 +389,13 @@ class Actor(nn.Module):
         super().__init__()
         bound = (obs_dim + num_agents) ** -0.5  # PyTorch's for a linear layer on [obs, one-hot agent id]
         self.input = nn.Linear(obs_dim, hidden_dim)
-        self.agent_id = nn.Embedding(num_agents, hidden_dim)
-        nn.init.uniform_(self.agent_id.weight, -bound, bound)
+        self.agent_id = nn.Parameter(torch.empty(num_agents, hidden_dim).uniform_(-bound, bound))
         self.gru = nn.GRU(hidden_dim, hidden_dim)
         self.output = nn.Linear(hidden_dim, num_actions)
 
     def forward(self, obs, avail, memory=None):
         """obs (T, E, N, D), avail (T, E, N, A) bool, memory (1, E * N, H) -> log-probabilities (T, E, N, A), memory."""
-        x = torch.relu(self.input(obs) + self.agent_id.weight)  # (T, E, N, H)
+        x = torch.relu(self.input(obs) + self.agent_id)  # (T, E, N, H)
         x, memory = self.gru(x.flatten(1, 2), memory)  # (T, E * N, H)
         logits = self.output(x).view(avail.shape)
         return mask_logits(logits, avail).log_softmax(-1), memory
@@ -428,7 +426,7 @@ def gae(rewards, values, terminated, alive, gamma, gae_lambda):
         next_values = values[t + 1].masked_fill(terminated[t].unsqueeze(-1), 0.0)
         delta = rewards[t] + gamma * next_values - values[t]
         last_advantage = last_advantage.masked_fill(terminated[t].unsqueeze(-1), 0.0)
-        last_advantage = torch.addcmul(delta, torch.tensor(gamma * gae_lambda, device=delta.device), last_advantage)
+        last_advantage = delta + gamma * gae_lambda * last_advantage
         last_advantage = last_advantage.masked_fill(~alive[t].unsqueeze(-1), 0.0)
         advantages[t] = last_advantage
     return advantages

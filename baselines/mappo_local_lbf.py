@@ -270,13 +270,12 @@ class AgentNetwork(nn.Module):
         super().__init__()
         bound = (in_dim + num_agents) ** -0.5  # PyTorch's for a linear layer on [x, one-hot agent id]
         self.input = nn.Linear(in_dim, hidden_dim)
-        self.agent_id = nn.Embedding(num_agents, hidden_dim)
-        nn.init.uniform_(self.agent_id.weight, -bound, bound)
+        self.agent_id = nn.Parameter(torch.empty(num_agents, hidden_dim).uniform_(-bound, bound))
         self.hidden = nn.Linear(hidden_dim, hidden_dim)
         self.output = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, x):
-        x = torch.relu(self.input(x) + self.agent_id.weight)
+        x = torch.relu(self.input(x) + self.agent_id)
         x = torch.relu(self.hidden(x))
         return self.output(x)
 
@@ -302,7 +301,7 @@ def gae(rewards, values, terminated, alive, gamma, gae_lambda):
         next_values = values[t + 1].masked_fill(terminated[t].unsqueeze(-1), 0.0)
         delta = rewards[t] + gamma * next_values - values[t]
         last_advantage = last_advantage.masked_fill(terminated[t].unsqueeze(-1), 0.0)
-        last_advantage = torch.addcmul(delta, torch.tensor(gamma * gae_lambda, device=delta.device), last_advantage)
+        last_advantage = delta + gamma * gae_lambda * last_advantage
         last_advantage = last_advantage.masked_fill(~alive[t].unsqueeze(-1), 0.0)
         advantages[t] = last_advantage
     return advantages
@@ -439,7 +438,7 @@ def evaluate(actor, args, index, device):
 
     The boards depend on args.seed and the index of the evaluation alone: every script plays the same ones.
     """
-    seeds = np.random.SeedSequence([args.seed, index]).generate_state(args.eval_episodes)
+    seeds = np.random.SeedSequence([args.seed, 1, index]).generate_state(args.eval_episodes)  # 1: not training's
     envs = [make_env(args.env_id, args.winner_take_all, seed) for seed in seeds]
     generator = torch.Generator().manual_seed(int(seeds[0]))  # training's random draws stay as they are
     rollout = collect(envs, actor, device, args.eval_greedy, generator)

@@ -26,7 +26,7 @@ def rollout(module, actor=None, num_envs=8, env_id="Foraging-5x5-3p-1f-v3"):
 # COLLECTING AND PPO
 def test_collected_episodes(lbf_script):
     """Episodes are whole, observations and rewards 0 behind them, the log-probabilities the policy's."""
-    actor, (obs, actions, logprobs, rewards, terminated, alive) = rollout(load(lbf_script))
+    actor, (obs, actions, logprobs, rewards, terminated, alive) = rollout(load(lbf_script), num_envs=40)
     T, E, N = actions.shape
     assert obs.shape == (T + 1, E, N, 12) and rewards.shape == logprobs.shape == (T, E, N)
     assert terminated.shape == alive.shape == (T, E) and alive.dtype == terminated.dtype == torch.bool
@@ -180,7 +180,7 @@ def test_agent_network_sees_a_one_hot_id(lbf_script):
     network = load(lbf_script).AgentNetwork(7, 4, 16, 5)
     stacked = nn.Linear(7 + 4, 16)
     with torch.no_grad():
-        stacked.weight.copy_(torch.cat([network.input.weight, network.agent_id.weight.T], 1))
+        stacked.weight.copy_(torch.cat([network.input.weight, network.agent_id.T], 1))
         stacked.bias.copy_(network.input.bias)
     x = torch.randn(3, 2, 4, 7)
     ids = torch.eye(4).expand(3, 2, 4, 4)
@@ -226,18 +226,14 @@ def test_hidden_layers_of_the_graph_models():
 
 
 def test_reverse_model_is_one_linear_layer_on_three_vectors():
-    """For every pair, [z^j, z'^j, z^i] through one first layer made of the two parts."""
+    """For every pair, [z^j, z'^j, z^i] through the first layer, which is computed in two parts."""
     torch.manual_seed(0)
     model, B, N = dg.ReverseModel(8, 5), 6, 4
-    first = nn.Linear(24, 256)
-    with torch.no_grad():
-        first.weight.copy_(torch.cat([model.influenced.weight, model.influencer.weight], 1))
-        first.bias.copy_(model.influenced.bias + model.influencer.bias)
     z, z_next = torch.randn(B, N, 8), torch.randn(B, N, 8)
     logits = model(z, z_next)
     assert logits.shape == (B, N, N, 5)
     for i, j in itertools.product(range(N), range(N)):
-        expected = model.head(first(torch.cat([z[:, j], z_next[:, j], z[:, i]], -1)))
+        expected = model.head(model.input(torch.cat([z[:, j], z_next[:, j], z[:, i]], -1)))
         torch.testing.assert_close(logits[:, i, j], expected, rtol=1e-4, atol=1e-5)
 
 

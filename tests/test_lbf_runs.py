@@ -266,7 +266,7 @@ def test_no_encoder(dg_script, tmp_path):
         assert any(name.startswith("encoder.") for name in models) == (flag == "--encoder")
         assert models["single_reverse_model.0.weight"].shape == (256, 2 * latent_dim)
         assert models["action_predictor.0.weight"].shape == (256, latent_dim)
-        assert models["reverse_model.influencer.weight"].shape == (256, latent_dim)
+        assert models["reverse_model.input.weight"].shape == (256, 3 * latent_dim)
         assert state["global_step"] >= 600
 
 

@@ -156,8 +156,7 @@ def test_model_losses_are_the_cross_entropies_of_the_living(rollout):
         predictor.append(loss(graph_models.action_predictor(z[t, e, i])))
         q = graph_models.reverse_model
         for j in rollout.active[t, e].nonzero().flatten().tolist():
-            reached = q.influenced(torch.cat([z[t, e, j], z[t + 1, e, j]]))
-            reverse.append(loss(q.head(reached + q.influencer(z[t, e, i]))))
+            reverse.append(loss(q.head(q.input(torch.cat([z[t, e, j], z[t + 1, e, j], z[t, e, i]])))))
     for name, losses in (("single_reverse_model", single), ("action_predictor", predictor), ("reverse_model", reverse)):
         torch.testing.assert_close(metrics[f"{name}_loss"], torch.stack(losses).mean().detach())
 
