@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ parser.add_argument("--seed", type=int)
 parser.add_argument("--total-timesteps", type=int)
 parser.add_argument("--resume")
 parser.add_argument("--factor", type=int, default=1)
+parser.add_argument("--exp-name", default="train")
 args = parser.parse_args()
 job = "/".join(pathlib.Path.cwd().parts[-3:])
 
@@ -46,7 +48,8 @@ if job in os.environ.get("TRAIN_BAD_INPUT", ""):
     print("the input is bad", file=sys.stderr)
     sys.exit(2)
 
-run = pathlib.Path(args.resume).parent if args.resume else pathlib.Path(f"runs/{args.env_id}__{time.time_ns()}")
+run = pathlib.Path(f"runs/{args.env_id}__{args.exp_name}__{time.time_ns()}")
+run = pathlib.Path(args.resume).parent if args.resume else run
 run.mkdir(parents=True, exist_ok=True)
 state = {"step": 0, "value": 1000 * args.seed + ord(args.env_id), "rows": []}
 if args.resume:
@@ -126,11 +129,16 @@ def processes():
             process.wait()
 
 
+def command(grid, output, *flags):
+    return [sys.executable, str(LAUNCHER), str(grid), "--output-dir", str(output), *flags]
+
+
 def start(processes, grid, output, *flags, **environment):
     """Starts a launcher in the background."""
-    command = [sys.executable, str(LAUNCHER), str(grid), "--output-dir", str(output), *flags]
     environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command(grid, output, *flags), env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     processes.append(process)
     return process
 
@@ -159,7 +167,7 @@ def results(output):
     """The evaluations of all finished jobs; each has one run folder, and no job ever ran twice at the same time."""
     assert not list(output.glob("*/*/*/TWICE"))
     jobs = sorted(path.parent for path in output.glob("*/*/seed*/finished.json"))
-    runs = {str(job.relative_to(output)): launch.run_folders(job) for job in jobs}
+    runs = {str(job.relative_to(output)): [path for path in job.glob("runs/*") if path.is_dir()] for job in jobs}
     assert all(len(folders) == 1 for folders in runs.values())
     return {job: (folder / "evaluations.csv").read_text() for job, [folder] in runs.items()}
 
@@ -175,6 +183,29 @@ def wait_until(condition, seconds=30):
 def held(output):
     """The jobs that wait for the hold file to go."""
     return sorted(path.parent for path in output.glob("*/*/*/held"))
+
+
+def one_job(folder, script):
+    """A grid with one job, which runs this script in folder/output/m/A/seed1."""
+    (folder / "script.py").write_text(script, encoding="utf-8")
+    content = {"total_timesteps": 60, "seeds": [1], "tasks": [{"env_id": "A"}]}
+    content["methods"] = [{"name": "m", "script": str(folder / "script.py")}]
+    (folder / "one_job.yaml").write_text(yaml.safe_dump(content))
+    return folder / "one_job.yaml"
+
+
+def is_free(job_folder):
+    """Whether no process has the job."""
+    with open(job_folder / "lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def attempts(job_folder):
+    return json.loads((job_folder / "attempts.json").read_text())
 
 
 # GRID FILES
@@ -209,13 +240,29 @@ def test_only_tasks_and_seeds_and_frames_of_a_task(grid, tmp_path):
     [
         (lambda grid: grid.pop("seeds"), "seeds"),
         (lambda grid: grid.update(seeds=[]), "seeds"),
-        (lambda grid: grid.update(seeds=["1"]), "seed"),
-        (lambda grid: grid.update(total_timesteps="5M"), "total_timesteps"),
+        (lambda grid: grid.update(seeds=["1"]), "seeds must be"),
+        (lambda grid: grid.update(seeds=[True]), "seeds must be"),
+        (lambda grid: grid.update(seeds=[-1]), "seeds must be"),
+        (lambda grid: grid.update(seeds=[2**64]), "seeds must be"),
+        (lambda grid: grid.update(seeds=[1, 2, 2]), "seeds must be"),
+        (lambda grid: grid["tasks"][0].update(seeds=[False]), "seeds must be"),
+        (lambda grid: grid.update(total_timesteps="5M"), "total_timesteps must be"),
+        (lambda grid: grid.update(total_timesteps=True), "total_timesteps must be"),
+        (lambda grid: grid.update(total_timesteps=-60), "total_timesteps must be"),
+        (lambda grid: grid["tasks"][0].update(total_timesteps=-60), "total_timesteps must be"),
         (lambda grid: grid.update(sedes=[1]), "sedes"),
         (lambda grid: grid["methods"][0].update(script="no_such.py"), "no_such.py"),
         (lambda grid: grid["methods"][0].update(flags=["--c", 1]), "flags"),
         (lambda grid: grid["methods"][0].update(only_tasks=["C"]), "only_tasks"),
-        (lambda grid: grid["methods"][0].update(name="two"), "same name"),
+        (lambda grid: grid["methods"][0].update(name="two"), "method two on A .* same folder"),
+        (lambda grid: grid["methods"][0].update(name="Two"), "method Two on A .* same folder"),
+        (lambda grid: grid["tasks"][0].update(env_id="B"), "method one on B .* same folder"),
+        (lambda grid: grid.update(tasks=[{"env_id": "a/b"}, {"env_id": "a_b"}]), "on a/b and .* on a_b .* same folder"),
+        (lambda grid: grid["tasks"][0].update(env_id=".."), "env_id '..' cannot be"),
+        (lambda grid: grid["methods"][0].update(name="a\0b"), "name must be a text without NUL"),
+        (lambda grid: grid["methods"][0].update(flags="--factor '2"), "the method one: .* No closing quotation"),
+        (lambda grid: grid["tasks"][0].update(flags="--factor '2"), "the task A: .* No closing quotation"),
+        (lambda grid: grid.update(flags='"'), "grid.yaml: .* No closing quotation"),
         (lambda grid: grid["tasks"].append("A"), "a task must be a mapping"),
         (lambda grid: grid["tasks"][0].update(total_timesteps=0), "total_timesteps"),
     ],
@@ -224,17 +271,147 @@ def test_bad_grid(grid, tmp_path, change, word):
     content = yaml.safe_load(grid.read_text())
     change(content)
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(ValueError, match=word) as error:
         launch.read_grid(tmp_path / "grid.yaml", tmp_path / "output")
+    assert str(tmp_path / "grid.yaml") in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../b", "/b", "b/", "ö" * 128])
+def test_a_method_that_cannot_be_a_folder_is_refused(grid, tmp_path, name):
+    content = yaml.safe_load(grid.read_text())
+    content["methods"][0]["name"] = name
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=re.escape(f"grid.yaml: the method's name '{name}' cannot be")):
+        launch.read_grid(tmp_path / "grid.yaml", tmp_path / "output")
+
+
+@pytest.mark.parametrize("part", ["the grid", "a task", "a method"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--seed 7",
+        "--c 1 --seed=7",
+        "--env-id B",
+        "--env_id=B",
+        "--total-timesteps 5",
+        "--total_timesteps=5",
+        "--env_id B",
+        "'--seed' 7",
+        "--resume x/checkpoint.pt",
+        "--resume=",
+    ],
+)
+def test_flags_do_not_set_what_the_job_sets(grid, tmp_path, part, flags):
+    content = yaml.safe_load(grid.read_text())
+    {"the grid": content, "a task": content["tasks"][1], "a method": content["methods"][1]}[part]["flags"] = flags
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
+    named = {"the grid": "grid.yaml", "a task": "grid.yaml: the task B", "a method": "grid.yaml: the method two"}[part]
+    with pytest.raises(ValueError, match=f"{named}: flags must not have --(seed|env|total|resume)"):
+        launch.read_grid(tmp_path / "grid.yaml", tmp_path / "output")
+
+
+def test_all_seeds_that_pytorch_takes_and_other_flags_are_accepted(grid, tmp_path):
+    content = yaml.safe_load(grid.read_text())
+    content |= {"seeds": [0, 2**64 - 1], "flags": "--seed-offset 3 --exp-name=--seed=7"}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
+    jobs = launch.read_grid(tmp_path / "grid.yaml", tmp_path)
+    assert {job.seed for job in jobs} == {0, 2**64 - 1}
+    assert jobs[0].flags == ("--seed-offset", "3", "--exp-name=--seed=7")
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(grid, tmp_path):
+    text = yaml.safe_dump({"total_timesteps": 60, "seeds": [1]}) + "methods:\n- {name: a, script: b.py, name: c}\n"
+    for content, key, line in ((grid.read_text() + "seeds: [3]\n", "seeds", 14), (text, "name", 5)):
+        (tmp_path / "grid.yaml").write_text(content)
+        with pytest.raises(
+            ValueError, match=f"/grid.yaml: the key {key} stands twice, the second time in line {line}$"
+        ):
+            launch.read_grid(tmp_path / "grid.yaml", tmp_path)
+
+
+def test_a_key_may_replace_one_that_is_merged_in(grid, tmp_path):
+    content = yaml.safe_load(grid.read_text())
+    tasks = "tasks: [&a {env_id: A, seeds: [5]}, &b {<<: *a, env_id: B}, {<<: *b, env_id: C}]\n"
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content | {"tasks": None}).replace("tasks: null\n", tasks))
+    jobs = launch.read_grid(tmp_path / "grid.yaml", tmp_path)
+    assert [(job.env_id, job.seed) for job in jobs[::2]] == [("A", 5), ("B", 5), ("C", 5)]
 
 
 def test_bad_input_is_one_sentence_and_status_2(grid, tmp_path):
     (tmp_path / "broken.yaml").write_text("seeds: [1")
-    wrong = [grid, "--workers", "0"], [grid, "--gpus-per-run", "-1"]
-    for flags in ([tmp_path / "no.yaml"], [tmp_path / "broken.yaml"], *wrong):
+    wrong = ["--workers", "0"], ["--gpus-per-run", "-1"], ["--grace-period", "-1"]
+    wrong += ["--total-timesteps", "0"], ["--total-timesteps", "-5"]
+    for flags in ([tmp_path / "no.yaml"], [tmp_path / "broken.yaml"], *([grid, *flags] for flags in wrong)):
         status, stderr = run(flags[0], tmp_path / "output", *flags[1:])
         assert status == 2 and stderr.startswith("launch.py: ") and stderr.count("\n") == 1
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/no_such_folder"])
+def test_an_output_folder_that_cannot_be_made_is_one_sentence_and_status_2(grid, tmp_path, folder):
+    (tmp_path / "file").touch()
+    status, stderr = run(grid, tmp_path / folder)
+    assert status == 2 and stderr.count("\n") == 1
+    assert stderr.startswith(f"launch.py: cannot write to the output folder {tmp_path / folder}: ")
+
+
+def test_a_full_disk_is_one_sentence_and_status_2(grid, tmp_path):
+    """Full: no file may become larger than nothing."""
+    full = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh"]
+    done = subprocess.run([*full, *command(grid, tmp_path / "output")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"launch.py: cannot write to the output folder {tmp_path / 'output'}: ")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("finished.json", b""),
+        ("finished.json", b"{"),
+        ("finished.json", b"\xff"),
+        ("finished.json", b"null"),
+        ("finished.json", b"[]"),
+        ("finished.json", b"{}"),
+        ("finished.json", {"command": None}),
+        ("finished.json", {"command": "x --total-timesteps 60"}),
+        ("finished.json", {"command": ["python", "train.py", "--total-timesteps"]}),
+        ("finished.json", {"command": ["python", "train.py", "--total-timesteps", "-60"]}),
+        ("finished.json", {"command": ["python", "train.py", "--total-timesteps", 60]}),
+        ("finished.json", {"duration_seconds": "1"}),
+        ("attempts.json", b"[{}"),
+        ("attempts.json", b"{}"),
+        ("attempts.json", b"[5]"),
+        ("attempts.json", b"[{}]"),
+        ("attempts.json", {"command": []}),
+        ("attempts.json", {"started": None}),
+        ("attempts.json", {"seconds": True}),
+        ("attempts.json", {"exit_status": "0"}),
+    ],
+)
+def test_a_damaged_record_is_named_and_status_2(grid, tmp_path, capsys, name, content):
+    """Of a whole record, as the launcher writes it, only one value is wrong, unless the content is given in bytes."""
+    job = launch.read_grid(grid, tmp_path)[0]
+    job.folder.mkdir(parents=True)
+    if isinstance(content, dict):
+        attempt = {"command": job.command, "started": 1.0, "host": "", "seconds": 2.0, "exit_status": 0}
+        record = {"command": job.command, "duration_seconds": 1.0, "run_folder": "runs/a", "attempts": 1}
+        whole = [attempt | content] if name == "attempts.json" else record | content
+        content = json.dumps(whole).encode()
+    (job.folder / name).write_bytes(content)
+    assert launch.main(launch.Args(grid, tmp_path)) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"launch.py: the damaged file {job.folder / name}") and stderr.count("\n") == 1
+    assert (job.folder / name).read_bytes() == content
+    with tqdm(total=480, file=io.StringIO()) as bar:
+        launch.show(bar, [job], {}, 0, since=0)  # damaged while the grid runs: that does not end it
+
+
+def test_a_finished_run_of_other_settings_is_refused(grid, undisturbed, tmp_path):
+    job = launch.read_grid(grid, tmp_path)[0]
+    job.folder.mkdir(parents=True)
+    shutil.copy(undisturbed / "one/A/seed2/finished.json", job.folder)
+    status, stderr = run(grid, tmp_path)
+    assert status == 2 and f"{job.folder} was begun with other settings" in stderr and "--seed 2" in stderr
 
 
 @pytest.mark.parametrize(
@@ -307,8 +484,7 @@ def test_failures_are_reported_while_the_others_go_on(grid, undisturbed, tmp_pat
     assert "two A seed 1: exit status 2" in stderr and "the input is bad" in stderr
     assert "done 6, running 0, waiting 0, failed 2, skipped 0" in stderr
     assert [start["step"] for start in starts(tmp_path / "one/A/seed1")] == [0, 30]  # once more, from its checkpoint
-    attempts = json.loads((tmp_path / "two/A/seed1/attempts.json").read_text())
-    assert [attempt["exit_status"] for attempt in attempts] == [2]  # never again
+    assert [attempt["exit_status"] for attempt in attempts(tmp_path / "two/A/seed1")] == [2]  # never again
     assert len(results(tmp_path)) == 6
 
     assert run(grid, tmp_path)[0] == 0  # what made them fail has been put right
@@ -341,11 +517,10 @@ def test_crash_killed_run_and_killed_launcher(grid, undisturbed, tmp_path, proce
     assert [start["step"] for start in starts(second)] == [0, 30, 60]  # nothing was left to do
     assert results(output) == results(undisturbed)
     finished = json.loads((second / "finished.json").read_text())
-    attempts = json.loads((second / "attempts.json").read_text())
-    assert finished["attempts"] == len(attempts) == 3
-    assert [attempt["exit_status"] for attempt in attempts] == [-signal.SIGKILL, None, 0]
-    assert attempts[1]["seconds"] > 1.5  # the time of the run without a launcher is counted
-    assert finished["duration_seconds"] == pytest.approx(sum(attempt["seconds"] for attempt in attempts))
+    assert finished["attempts"] == len(attempts(second)) == 3
+    assert [attempt["exit_status"] for attempt in attempts(second)] == [-signal.SIGKILL, None, 0]
+    assert attempts(second)[1]["seconds"] > 1.5  # the time of the run without a launcher is counted
+    assert finished["duration_seconds"] == pytest.approx(sum(attempt["seconds"] for attempt in attempts(second)))
 
 
 def test_two_launchers_at_once(grid, undisturbed, tmp_path, processes):
@@ -355,7 +530,7 @@ def test_two_launchers_at_once(grid, undisturbed, tmp_path, processes):
     assert all(len(starts(tmp_path / job)) == 1 for job in results(tmp_path))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stop_saves_and_a_new_start_goes_on(grid, undisturbed, tmp_path, processes, number):
     hold = tmp_path / "hold"
     hold.touch()
@@ -364,10 +539,10 @@ def test_stop_saves_and_a_new_start_goes_on(grid, undisturbed, tmp_path, process
     os.killpg(launcher.pid, number)  # to its whole process group, as a terminal does
     status, stderr = end(launcher)
     assert status == 130 and "stopping" in stderr and "Traceback" not in stderr
+    assert "done 0, running 0, waiting 8, failed 0, skipped 0" in stderr
     for job in jobs:
-        assert json.loads((job / "attempts.json").read_text())[-1]["exit_status"] == 143
-        with open(job / "lock") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no script is alive
+        assert attempts(job)[-1]["exit_status"] == 143
+        assert is_free(job)  # no script is alive
     assert len(list(tmp_path.glob("*/*/*"))) == 2  # no further job was started
     hold.unlink()
     assert run(grid, tmp_path)[0] == 0
@@ -381,13 +556,247 @@ def test_run_that_someone_else_stopped_is_left_for_the_next_start(grid, undistur
     launcher = start(processes, grid, tmp_path, TRAIN_HOLD=hold)
     job = wait_until(lambda: held(tmp_path))[0]
     os.kill(starts(job)[0]["pid"], signal.SIGTERM)
-    wait_until(lambda: json.loads((job / "attempts.json").read_text())[-1]["exit_status"] == 143)
+    wait_until(lambda: attempts(job)[-1]["exit_status"] == 143)
     hold.unlink()
     status, stderr = end(launcher)
     assert status == 1 and "interrupted: " in stderr and "exit status 143" in stderr
     assert len(results(tmp_path)) == 7 and len(starts(job)) == 1
     assert run(grid, tmp_path)[0] == 0
     assert results(tmp_path) == results(undisturbed)
+
+
+def test_a_run_that_a_hangup_stopped_is_left_for_the_next_start(tmp_path):
+    """129: a script that has saved after SIGHUP."""
+    status, stderr = run(one_job(tmp_path, "exit(129)"), tmp_path / "output")
+    assert status == 1 and "interrupted: m A seed 1: exit status 129" in stderr
+    assert len(attempts(tmp_path / "output/m/A/seed1")) == 1
+
+
+# Ignores SIGTERM, and so does its worker, which has the lock, too.
+DEAF = """
+import os, pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork():
+    pathlib.Path("deaf").touch()
+time.sleep(100)
+"""
+
+
+def test_a_run_that_does_not_end_in_time_is_killed_with_its_workers(tmp_path, processes):
+    job = tmp_path / "output/m/A/seed1"
+    launcher = start(processes, one_job(tmp_path, DEAF), tmp_path / "output", "--grace-period", "2")
+    wait_until((job / "deaf").exists)
+    launcher.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    status, stderr = end(launcher)
+    assert 2 < time.monotonic() - begun < 10
+    assert status == 130 and "failed: m A seed 1: exit status -9" in stderr and "launch.py: killed" in stderr
+    assert attempts(job)[-1]["exit_status"] == -signal.SIGKILL
+    wait_until(lambda: is_free(job), 5)
+
+
+def test_a_second_ctrl_c_kills_the_runs(tmp_path, processes):
+    job = tmp_path / "output/m/A/seed1"
+    launcher = start(processes, one_job(tmp_path, DEAF), tmp_path / "output")
+    wait_until((job / "deaf").exists)
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert launcher.poll() is None and not is_free(job)
+    launcher.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    status, stderr = end(launcher)
+    assert time.monotonic() - begun < 5
+    assert status == 130 and "Traceback" not in stderr
+    assert attempts(job)[-1]["exit_status"] == -signal.SIGKILL
+    wait_until(lambda: is_free(job), 5)
+
+
+# Takes two seconds to save.
+SLOW = """
+import os, pathlib, shutil, signal, sys, time
+
+def leave(number, _):
+    time.sleep(2)
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, leave)
+pathlib.Path("started").touch()
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_signal_that_comes_twice_lets_the_runs_save(tmp_path, processes, number):
+    """As SIGTERM from timeout(1), to the launcher and to its group, and SIGHUP from a closed terminal and its shell."""
+    job = tmp_path / "output/m/A/seed1"
+    launcher = start(processes, one_job(tmp_path, SLOW), tmp_path / "output")
+    wait_until((job / "started").exists)
+    for _ in range(2):
+        launcher.send_signal(number)
+        time.sleep(0.5)
+    assert end(launcher)[0] == 130
+    assert attempts(job)[-1]["exit_status"] == 143
+
+
+@pytest.mark.parametrize(
+    "saving, message",
+    [
+        ("sys.exit('no space left')", "exit status 1; "),
+        ("shutil.rmtree(os.getcwd()); sys.exit(143)", "[Errno 2] No such file or directory: "),
+    ],
+)
+def test_a_run_that_cannot_save_when_it_is_stopped_is_reported(tmp_path, processes, saving, message):
+    job = tmp_path / "output/m/A/seed1"
+    launcher = start(processes, one_job(tmp_path, SLOW.replace("sys.exit(143)", saving)), tmp_path / "output")
+    wait_until((job / "started").exists)
+    launcher.send_signal(signal.SIGINT)
+    status, stderr = end(launcher)
+    assert status == 130 and f"failed: m A seed 1: {message}" in stderr and "Traceback" not in stderr
+    assert ("no space left" in stderr and len(attempts(job)) == 1) or not job.exists()  # no retry
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_what_a_run_leaves_behind_is_killed(tmp_path, status):
+    script = f"import os, time; os.fork() and os._exit({status}); time.sleep(100)"
+    assert run(one_job(tmp_path, script), tmp_path / "output")[0] == (0 if status == 0 else 1)
+    wait_until(lambda: is_free(tmp_path / "output/m/A/seed1"), 5)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_not_end_a_grid(tmp_path, closed):
+    """Neither does a file get their numbers: a lock numbered 0 or 2 would not reach the script."""
+    script = "import os; print([os.path.realpath(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')])"
+    grid = one_job(tmp_path, script)
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh"]
+    assert subprocess.run([*shell, *command(grid, tmp_path / "output")], timeout=60).returncode == 0
+    job = tmp_path / "output/m/A/seed1"
+    assert f"{job}/lock'" in (job / "log.txt").read_text()
+
+
+def test_a_reader_that_has_gone_away_does_not_end_a_grid(grid, undisturbed, tmp_path):
+    statuses = []
+    for crash in ("one/A/seed1", "", ""):  # reports a failure; goes on with it; has nothing to do
+        reader, writer = os.pipe()
+        os.close(reader)
+        launcher = [*command(grid, tmp_path), "--retries", "0"]
+        environment = os.environ | {"TRAIN_CRASH": crash, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(launcher, stdout=writer, stderr=writer, env=environment, timeout=90)
+        os.close(writer)
+        statuses.append(done.returncode)
+    assert statuses == [1, 0, 0]
+    assert results(tmp_path) == results(undisturbed)
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path):
+    """In the ASCII locale, without Python's UTF-8 mode; the output folder's name is in the log, as that of --resume."""
+    grid = one_job(tmp_path, "print('größer'); exit(2)")
+    grid.write_text("# größer\n" + grid.read_text(), encoding="utf-8")
+    job = tmp_path / "größe/m/A/seed1"
+    (job / "runs/a").mkdir(parents=True)
+    (job / "runs/a/checkpoint.pt").touch()
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    status, stderr = run(grid, tmp_path / "größe", **locale)
+    assert status == 1 and r"gr\xf6\xdfer" in stderr
+    log = (job / "log.txt").read_text(encoding="utf-8")
+    assert "größer" in log and "seed1/runs/a/checkpoint.pt" in log
+
+
+def test_a_name_that_the_terminal_cannot_show_does_not_end_a_grid(grid, undisturbed, tmp_path):
+    shutil.copy(grid, tmp_path / "größe.yaml")
+    assert run(tmp_path / "größe.yaml", undisturbed, PYTHONIOENCODING="ascii") == (0, "")
+
+
+def test_a_job_whose_folder_cannot_be_used_fails_alone(grid, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "A").touch()
+    status, stderr = run(grid, tmp_path)
+    assert status == 1 and "Traceback" not in stderr and len(results(tmp_path)) == 6
+    assert all(f"failed: one A seed {seed}: [Errno 20]" in stderr for seed in (1, 2))
+
+
+def test_the_last_lines_of_a_log_are_what_a_terminal_would_show(tmp_path):
+    log = tmp_path / "log.txt"
+    bar = "".join(f"\r{percent}%|####      | größe" for percent in range(100))
+    log.write_text(f"{bar}\nfirst\n\n{bar}\r          \rsecond\r\n{'x' * 5000}\n{bar}", "utf-8", newline="")
+    shown = ["99%|####      | größe", "first", "second", "x" * 500, "99%|####      | größe"]
+    assert launch.last_lines(log) == shown
+    assert launch.last_lines(log, count=2) == shown[-2:]
+    with open(log, "ab") as file:
+        file.write(b"\xff\n" + b"y" * 2_000_000 + b"\n")
+    assert launch.last_lines(log) == ["y" * 500]
+
+
+# WHICH RUN GOES ON
+
+
+def test_a_run_below_another_folder_goes_on(grid, undisturbed, tmp_path):
+    """`--exp-name a/b` makes one."""
+    content = yaml.safe_load(grid.read_text()) | {"flags": "--exp-name a/b"}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
+    output = tmp_path / "output"
+    crash = {"TRAIN_CRASH": "one/A/seed1"}
+    status, stderr = run(tmp_path / "grid.yaml", output, "--retries", "0", **crash)
+    assert status == 1 and "done 7, running 0, waiting 0, failed 1" in stderr
+    [crashed] = launch.find_files(output / "one/A/seed1/runs", "checkpoint.pt")
+    assert crashed.relative_to(output / "one/A/seed1/runs").match("*/b__*/checkpoint.pt")
+    assert launch.frames_done(launch.read_grid(tmp_path / "grid.yaml", output)[0]) == 30
+    assert run(tmp_path / "grid.yaml", output)[0] == 0
+    assert [start["step"] for start in starts(output / "one/A/seed1")] == [0, 30]
+    for job in results(undisturbed):
+        [evaluations] = launch.find_files(output / job / "runs", "evaluations.csv")
+        assert evaluations.read_text() == results(undisturbed)[job]
+        finished = json.loads((output / job / "finished.json").read_text())
+        assert output / job / finished["run_folder"] == evaluations.parent
+
+
+def test_only_folders_without_any_checkpoint_are_removed(tmp_path):
+    runs = tmp_path / "runs"
+    for folder in ("empty/below", "copy/of"):
+        (runs / folder).mkdir(parents=True)
+    (runs / "empty/evaluations.csv").write_text("global_step,x\n50,1\n")
+    (runs / "copy/of/old.pt").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (runs / "link").symlink_to(tmp_path / "elsewhere")
+    assert launch.find_checkpoint(tmp_path) is None
+    (runs / "a/b/c").mkdir(parents=True)
+    (runs / "a/b/c/checkpoint.pt").touch()
+    assert launch.find_checkpoint(tmp_path) == runs / "a/b/c/checkpoint.pt"
+    assert sorted(path.name for path in runs.iterdir()) == ["a", "copy", "link"] and (runs / "copy/of/old.pt").exists()
+    (runs / "a/b/c/checkpoint.pt").rename(tmp_path / "elsewhere" / "checkpoint.pt")
+    assert launch.find_checkpoint(tmp_path) == runs / "link/checkpoint.pt"
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_empty(tmp_path, monkeypatch):
+    (tmp_path / "runs/a/b").mkdir(parents=True)
+    (tmp_path / "runs/a/b/checkpoint.pt").touch()
+    scandir = os.scandir
+
+    def broken(path):
+        if str(path).endswith("b"):
+            raise OSError("the disk does not answer")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(OSError, match="does not answer"):
+        launch.find_checkpoint(tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / "runs/a/b/checkpoint.pt").exists()
+
+
+def test_the_run_that_got_furthest_goes_on(tmp_path):
+    """Not the newest: that can be a copy of an older state."""
+    for age, (name, frames) in enumerate({"copy": 50, "run": 100, "early": None}.items()):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "checkpoint.pt").touch()
+        if frames:
+            (tmp_path / "runs" / name / "evaluations.csv").write_text(f"global_step,x\n{frames},1\n")
+        os.utime(tmp_path / "runs" / name / "checkpoint.pt", (1000 - age, 1000 - age))
+    assert launch.find_checkpoint(tmp_path) == tmp_path / "runs/run/checkpoint.pt"
+    shutil.copy(tmp_path / "runs/run/evaluations.csv", tmp_path / "runs/copy")
+    assert launch.find_checkpoint(tmp_path) == tmp_path / "runs/copy/checkpoint.pt"  # the newer of equals
+
+
+# PROGRESS
 
 
 def test_progress(grid, tmp_path):
@@ -407,7 +816,7 @@ def test_the_display_counts_jobs_and_frames(grid, tmp_path):
     for job, frames, started in ((jobs[1], 40, 100), (jobs[2], 30, 100), (jobs[3], 10, 99)):
         (job.folder / "runs" / "a").mkdir(parents=True)
         (job.folder / "runs" / "a" / "evaluations.csv").write_text(f"global_step,x\n{frames},1\n")
-        attempt = {"started": started, "exit_status": None}
+        attempt = {"command": job.command, "started": started, "host": "", "seconds": None, "exit_status": None}
         (job.folder / "attempts.json").write_text(json.dumps([attempt]))
     with tqdm(total=480, initial=80, file=io.StringIO()) as bar:
         launch.show(bar, jobs, outcomes, 3, since=100)
@@ -500,7 +909,7 @@ def test_ray_stop_saves_and_the_local_backend_goes_on(cluster, grid, undisturbed
     [job] = wait_until(lambda: held(tmp_path), 60)
     launcher.send_signal(signal.SIGINT)
     assert end(launcher)[0] == 130
-    assert json.loads((job / "attempts.json").read_text())[-1]["exit_status"] == 143
+    assert attempts(job)[-1]["exit_status"] == 143
     hold.unlink()
     assert run(grid, tmp_path)[0] == 0
     assert [start["step"] for start in starts(job)] == [0, 37]
@@ -511,3 +920,20 @@ def test_ray_without_a_cluster(grid, tmp_path):
     pytest.importorskip("ray")
     status, stderr = run(grid, tmp_path, "--backend", "ray", "--ray-address", "127.0.0.1:1")
     assert status == 2 and stderr.startswith("launch.py: ") and stderr.count("\n") == 1
+
+
+def test_ray_second_ctrl_c_kills_the_runs(cluster, tmp_path, processes):
+    cluster, _ = cluster
+    job = tmp_path / "output/m/A/seed1"
+    flags = "--backend", "ray", "--ray-address", cluster.address
+    launcher = start(processes, one_job(tmp_path, DEAF), tmp_path / "output", *flags)
+    wait_until((job / "deaf").exists, 60)
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(3)
+    assert launcher.poll() is None and not is_free(job)
+    launcher.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    assert end(launcher)[0] == 130
+    assert time.monotonic() - begun < 15
+    assert attempts(job)[-1]["exit_status"] == -signal.SIGKILL
+    wait_until(lambda: is_free(job), 5)
