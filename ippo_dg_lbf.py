@@ -118,6 +118,8 @@ class Args:
     """probability of removing an edge (injected noise)"""
     edge_add: float = 0.0
     """probability of adding a missing edge (injected noise)"""
+    bf16: bool = False
+    """run the graph models in bfloat16: twice as fast on processors with AVX512-BF16, a little less exact"""
     transpose_graph: bool = False
     """use the graph with influencer and influenced exchanged, as the authors' code does with the learned one"""
 
@@ -381,7 +383,9 @@ class GraphModels(nn.Module):
         z_next = latent[1:][alive]
         single = self.single_reverse_model(torch.cat([z, z_next], -1))
         z, z_next = z.detach(), z_next.detach()  # the single-agent reverse model alone trains the encoder
-        return GraphLogits(single, self.action_predictor(z), self.reverse_model(z, z_next))
+        predictor = self.action_predictor(z)
+        reverse = self.reverse_model(z, z_next)
+        return GraphLogits(single.float(), predictor.float(), reverse.float())  # they are bfloat16 under --bf16
 
 
 def entropy(logits):
@@ -722,6 +726,7 @@ class StopSignals:
 
     def __init__(self):
         self.received = None
+        self.received_at = 0.0
         self.raising = False
         signals = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
@@ -731,9 +736,12 @@ class StopSignals:
 
     def handle(self, signum, _):
         if self.received:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
+            if time.monotonic() > self.received_at + 1:  # `timeout` and closing terminals send the first one twice
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+            return
         self.received = signum
+        self.received_at = time.monotonic()
         if self.raising:
             raise Stopped
 
@@ -1085,7 +1093,10 @@ def main():
 
             # DEPENDENCE GRAPH, by models trained up to the iteration before
             oracle = oracle_graph(player_positions(envs), args.oracle_distance).to(device)  # (T, E, N_i, N_j)
-            logits = models(rollout.obs, alive) if args.graph == "learned" else None
+            logits = None
+            if args.graph == "learned":
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                    logits = models(rollout.obs, alive)  # GraphLogits
             graph, graph_charts = dependence_graph(args, oracle, logits, alive)  # (T, E, N_i, N_j)
 
             # ADVANTAGES

@@ -620,6 +620,7 @@ class StopSignals:
 
     def __init__(self):
         self.received = None
+        self.received_at = 0.0
         self.raising = False
         signals = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
@@ -629,9 +630,12 @@ class StopSignals:
 
     def handle(self, signum, _):
         if self.received:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
+            if time.monotonic() > self.received_at + 1:  # `timeout` and closing terminals send the first one twice
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+            return
         self.received = signum
+        self.received_at = time.monotonic()
         if self.raising:
             raise Stopped
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LBF_SCRIPTS, ROOT, run, run_folder
+from conftest import LBF_SCRIPTS, run, run_folder
 
 VALUES = Path(__file__).parent / "golden" / "lbf.json"
 DEFAULT_TASK = "Foraging-8x8-2p-4f-coop-v3"
@@ -112,25 +112,6 @@ def test_golden_values_cover_every_script_and_setting():
     # where rewards are frequent, no two scripts end with the same policy
     hashes = [tasks["Foraging-10x10-3p-3f-v3"]["weights"]["actor"] for tasks in runs.values()]
     assert len(set(hashes)) == len(LBF_SCRIPTS)
-
-
-@pytest.mark.parametrize("algorithm", ["mappo", "ippo"])
-def test_golden_runs_start_where_the_committed_results_start(algorithm):
-    """Evaluation of the untrained policy, seed 1: six digits are all that the results keep."""
-    compared = 0
-    with open(ROOT / f"experiments/results/lbf_{algorithm}.csv", encoding="utf-8", newline="") as file:
-        start = [row for row in csv.DictReader(file) if (row["seed"], row["frames"]) == ("1", "0")]
-    for script, tasks in golden()["runs"].items():
-        method = Path(script).stem.removesuffix("_lbf")
-        for row in start:
-            if row["method"] == method and row["task"] in tasks:
-                first = tasks[row["task"]]["evaluations"][0]
-                agents = [f"agent_{i}" for i in range(sum(name.startswith("episodic_return_agent") for name in first))]
-                names = {"episodic_return": "return", "episodic_return_std": "return_std"}
-                names |= {f"episodic_return_{agent}": f"return_{agent}" for agent in agents}
-                assert {name: f"{first[name]:.6g}" for name in names} == {a: row[b] for a, b in names.items()}
-                compared += 1
-    assert compared >= 5
 
 
 def rebase():

@@ -353,6 +353,7 @@ EFFECTS_OF_THE_GRAPH = {
     "encoder": ("", "--no-encoder", TRAINS),
     "edge_drop": ("--learning-rate 5e-3 --graph complete", "--edge-drop 0.9", TRAINS),
     "edge_add": ("--learning-rate 5e-3", "--edge-add 0.9", TRAINS),
+    "bf16": ("--learning-rate 5e-3 --c 1", "--bf16", TRAINS),
     "transpose_graph": ("--learning-rate 5e-3 --c 1", "--transpose-graph", TRAINS),
 }
 HAVE_TESTS_OF_THEIR_OWN = {"torch_deterministic", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity"}
@@ -428,7 +429,7 @@ def test_exp_name_names_the_folder(lbf_script, tmp_path):
 COMMON = """exp_name seed torch_deterministic cuda track wandb_project_name wandb_entity save_model env_id
 total_timesteps learning_rate num_envs gamma gae_lambda update_epochs norm_adv clip_coef ent_coef max_grad_norm
 winner_take_all hidden_dim eval_interval eval_episodes eval_greedy checkpoint_interval resume num_threads""".split()
-OF_THE_GRAPH = "c graph graph_p soft encoder edge_drop edge_add transpose_graph oracle_distance".split()
+OF_THE_GRAPH = "c graph graph_p soft encoder edge_drop edge_add bf16 transpose_graph oracle_distance".split()
 
 
 def test_help(lbf_script, tmp_path):
@@ -436,7 +437,7 @@ def test_help(lbf_script, tmp_path):
     done = run_inside(lbf_script, "--help", cwd=tmp_path)
     assert done.returncode == 0
     options = {
-        name.replace("-", "_") for name in re.findall(r"^[^\w\n]{1,4}--([a-z][a-z-]*)", done.stdout, re.MULTILINE)
+        name.replace("-", "_") for name in re.findall(r"^[^\w\n]{1,4}--([a-z][a-z0-9-]*)", done.stdout, re.MULTILINE)
     }
     assert options == set(COMMON + OF_THE_GRAPH if lbf_script in DG_SCRIPTS else COMMON)
     (elsewhere := tmp_path / "elsewhere").mkdir()

@@ -347,7 +347,7 @@ def test_a_smaclite_script_follows_its_lbf_script(smaclite, lbf):
     assert {name for name in shared if mine[name] != other[name]} <= ALLOWED_OPTIONS_SMACLITE
     assert shared == [name for name in other if name in mine], "not in the same order"
     assert set(mine) - set(other) <= {"use_cpp_rvo2", "num_workers", "pair_chunk"}
-    assert set(other) - set(mine) <= {"winner_take_all", "oracle_distance"}
+    assert set(other) - set(mine) <= {"winner_take_all", "oracle_distance", "bf16"}
 
 
 @pytest.mark.parametrize("script", FOLLOWS)
