@@ -4,14 +4,22 @@
 # ///
 """IPPO with dependence graphs (IPPO-DG, arXiv 2601.21523) on Level-Based Foraging.
 
-Every agent learns from the rewards that it can have influenced: a learned graph says whose state an action has reached,
-and the advantage of agent i counts the rewards of agent j from the first step at which i has reached j.
+Every agent learns from the rewards that it may have influenced. A learned graph says whose state an action has
+reached; the advantage of agent i counts agent j's rewards from the first step at which i has reached j. An iteration:
+
+    1. collect one whole episode in every environment
+    2. dependence graph: who has influenced whom at each step, as far as the graph models can tell
+    3. advantages: every agent's own TD errors, and those of the others from the first meeting on
+    4. update the policy and the critic (PPO), then the graph models
+    5. log, evaluate and save, if they are due
 
     python ippo_dg_lbf.py --c 0.5
     python ippo_dg_lbf.py --env-id Foraging-15x15-3p-4f-v3 --no-winner-take-all --seed 2
 
 Axes are (T, E, N, ...): time step, environment, agent. A pair is (..., i, j): i is the influencer, j the influenced.
-B: the steps that took place, of all episodes in one row; D: observation size, A: actions, Z: latent size.
+B: the steps that took place, of all episodes, flattened; D: observation size, A: number of actions, Z: latent size.
+An episode is alive (T, E) while its steps take place; what follows, up to the end of the longest one, is padding.
+A frame is a step of one environment.
 """
 
 import contextlib
@@ -51,7 +59,7 @@ class Args:
     seed: int = 1
     """seed of the networks, the environments and every random draw"""
     torch_deterministic: bool = True
-    """on a GPU, use deterministic algorithms only (on a CPU all that is used here is deterministic)"""
+    """use deterministic algorithms on a GPU (a CPU is deterministic anyway)"""
     cuda: bool = False
     """use a GPU (networks this small are faster on a core)"""
     num_threads: int = 1
@@ -65,14 +73,14 @@ class Args:
     save_model: bool = False
     """save a checkpoint at the end, also when --checkpoint-interval is 0"""
     checkpoint_interval: int = 100_000
-    """frames between two checkpoints (0: none but those of --save-model and of an interrupted run)"""
+    """frames between two checkpoints (0: only with --save-model or when interrupted)"""
     resume: str | None = None
-    """a run folder or its checkpoint.pt: continue that run exactly, in its own folder, also beyond --total-timesteps"""
+    """run folder or checkpoint.pt to continue exactly, in place; --total-timesteps may be larger"""
 
     env_id: str = "Foraging-8x8-2p-4f-coop-v3"
     """any vector-observation id of lbforaging"""
     winner_take_all: bool = True
-    """all of a food's reward goes to its strongest loader, food needs two agents (the paper's change to -coop tasks)"""
+    """a food's whole reward goes to its strongest loader, and no food needs more than two agents"""
     total_timesteps: int = 5_000_000
     """frames: environment steps summed over the environments"""
     num_envs: int = 10
@@ -103,7 +111,7 @@ class Args:
     """largest norm of the policy's and of the critic's gradient"""
 
     c: float = 0.9
-    """entropy-ratio threshold of an edge: 0 gives no edge (like local rewards), 1 most (like global rewards)"""
+    """entropy-ratio threshold of an edge: 0: no edges (towards local rewards), 1: most (towards global)"""
     graph: Literal["learned", "oracle", "random", "complete", "identity"] = "learned"
     """where the dependence graph comes from"""
     graph_p: float = 0.5
@@ -111,7 +119,7 @@ class Args:
     oracle_distance: int = 3
     """largest L1 distance of an edge of the oracle graph"""
     soft: bool = True
-    """mix hard path weights with lambda (robust to a noisy graph); --no-soft: hard weights"""
+    """count the share 1 - gae_lambda of all TD errors at once; --no-soft: none before a meeting"""
     encoder: bool = True
     """learn the graph on encoded observations; --no-encoder: on raw ones"""
     edge_drop: float = 0.0
@@ -119,9 +127,9 @@ class Args:
     edge_add: float = 0.0
     """probability of adding a missing edge (injected noise)"""
     bf16: bool = False
-    """run the graph models in bfloat16: twice as fast on processors with AVX512-BF16, a little less exact"""
+    """run the graph models in bfloat16 (faster with AVX512-BF16, a little less exact)"""
     transpose_graph: bool = False
-    """use the graph with influencer and influenced exchanged, as the authors' code does with the learned one"""
+    """exchange influencer and influenced, as the authors' code does with the learned graph"""
 
 
 class UserError(Exception):
@@ -129,7 +137,7 @@ class UserError(Exception):
 
 
 def check_range(name, value, low, high=math.inf):
-    """Raise UserError unless low <= value <= high (which nan never is)."""
+    """Raise UserError unless low <= value <= high; nan always fails."""
     if not low <= value <= high:
         raise UserError(f"{name} must lie in [{low}, {high}], not {value}")
 
@@ -198,7 +206,8 @@ class FastForaging(ForagingEnv):
 
     def _actions_from(self, row, col):
         rows, cols = self.field_size
-        beside = [(row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1)]  # north, south, west, east
+        # in the order of the actions: north, south, west, east
+        beside = [(row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1)]
         actions = [Action.NONE]
         for action, (r, c) in zip(self.action_set, beside):
             if 0 <= r < rows and 0 <= c < cols and (r, c) not in self.foods:
@@ -209,7 +218,9 @@ class FastForaging(ForagingEnv):
 
     def _food_seen_from(self, row, col):
         sight = self.sight
-        top, left = max(row - sight, 0), max(col - sight, 0)  # what is seen is counted from this corner
+        # observed coordinates are relative to this corner
+        top = max(row - sight, 0)
+        left = max(col - sight, 0)
         features = []
         for (r, c), level in self.foods.items():
             if top <= r <= row + sight and left <= c <= col + sight:
@@ -218,15 +229,16 @@ class FastForaging(ForagingEnv):
         return features + [-1, -1, 0] * unseen
 
     def _make_gym_obs(self):
-        reach = 2 * self.sight
+        reach = 2 * self.sight  # how far from that corner players are seen
         width = 3 if self._observe_agent_levels else 2
         players = [(*player.position, int(player.level)) for player in self.players]
         obs = []
         for i, (row, col, _) in enumerate(players):
-            top, left = max(row - self.sight, 0), max(col - self.sight, 0)
+            top = max(row - self.sight, 0)
+            left = max(col - self.sight, 0)
             features = self.views[row, col][1].copy()
             for r, c, level in (players[i], *players[:i], *players[i + 1 :]):  # oneself first
-                # the package's test: near the board's first row and column, players are seen farther away than food
+                # the package's test: near the first row and column, players are seen farther away than food
                 if 0 <= r - top <= reach and 0 <= c - left <= reach:
                     features += (r - top, c - left, level)[:width]
             missing = 3 * self.max_num_food + width * len(players) - len(features)
@@ -237,8 +249,9 @@ class FastForaging(ForagingEnv):
 class LevelBasedForaging(FastForaging):
     """Level-Based Foraging with the paper's winner-take-all variant.
 
-    Winner-take-all: a food's whole reward goes to its loader with the highest level (ties: the lowest index), and its
-    level is at most (-coop tasks: just) the sum of the two lowest player levels, in the package of the three lowest.
+    Winner-take-all: a food's whole reward goes to its loader with the highest level (ties: the lowest
+    index). Food levels are capped at (in -coop tasks: equal to) the sum of the two lowest player levels;
+    the package uses the three lowest.
     """
 
     def __init__(self, winner_take_all=False, **kwargs):
@@ -256,7 +269,7 @@ class LevelBasedForaging(FastForaging):
         obs, rewards, terminated, truncated, info = super().step(actions)
         if self.winner_take_all and any(rewards):
             for cell in foods_before.keys() - self.foods.keys():
-                # no cell touches two foods: who stands beside this one and has a reward has loaded this one
+                # no cell touches two foods, so a rewarded neighbour has loaded this one
                 loaders = [player for player in self.adjacent_players(*cell) if player.reward > 0]
                 whole = sum(player.reward for player in loaders)
                 winner = max(loaders, key=lambda player: player.level)
@@ -279,10 +292,10 @@ class LevelBasedForaging(FastForaging):
 
 
 def make_env(env_id, winner_take_all=False, seed=0):
-    """A fresh environment whose first reset() draws its board from seed; UserError for an id that cannot be used."""
+    """A fresh environment whose first reset() draws its board from seed; UserError for an unusable id."""
     known = [name for name in gym.registry if name.startswith("Foraging-")]
     if env_id.startswith("Foraging-grid"):
-        raise UserError(f"{env_id} has grid observations, the networks here need vectors: drop '-grid' from the id")
+        raise UserError(f"{env_id} has grid observations, the networks need vectors: drop '-grid' from the id")
     if env_id not in known:
         nearest = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0))
         raise UserError(f"unknown environment {env_id}; the nearest names are {nearest}")
@@ -292,24 +305,25 @@ def make_env(env_id, winner_take_all=False, seed=0):
 
 
 def player_positions(envs):
-    """Where the players stood after each step of the episodes just played: (T, E, N, 2), 0 in the padding."""
+    """Where the players stood after each step: (T, E, N, 2), 0 in the padding; envs as collect left them."""
     episodes = []
     for env in envs:
-        cells = torch.tensor([player.history for player in env.players])  # (N, 1 + steps, 2), the first before any step
+        # (N, 1 + steps, 2), beginning with the cell before the first step
+        cells = torch.tensor([player.history for player in env.players])
         episodes.append(cells[:, 1:].transpose(0, 1))
     return nn.utils.rnn.pad_sequence(episodes)
 
 
 # NETWORKS
 class AgentNetwork(nn.Module):
-    """Two hidden layers on [x, one-hot agent id], shared by all agents: x (..., N, in_dim) -> (..., N, out_dim).
+    """Two hidden layers on [x, one-hot agent id], shared by all: x (..., N, in_dim) -> (..., N, out_dim).
 
-    The first is W x + U[agent], so that an x common to all agents, (..., 1, in_dim), is not repeated for each of them.
+    The first layer is W x + U[agent]: an x common to all agents, (..., 1, in_dim), need not be repeated.
     """
 
     def __init__(self, in_dim, num_agents, hidden_dim, out_dim):
         super().__init__()
-        bound = (in_dim + num_agents) ** -0.5  # PyTorch's for a linear layer on [x, one-hot agent id]
+        bound = (in_dim + num_agents) ** -0.5  # of U, as for a linear layer on [x, one-hot agent id]
         self.input = nn.Linear(in_dim, hidden_dim)
         self.agent_id = nn.Parameter(torch.empty(num_agents, hidden_dim).uniform_(-bound, bound))
         self.hidden = nn.Linear(hidden_dim, hidden_dim)
@@ -328,6 +342,16 @@ class Critic(AgentNetwork):
         return super().forward(obs).squeeze(-1)
 
 
+def gradient_step(optimizer, loss, name, max_grad_norm=torch.inf):
+    """One step of the optimizer; UserError if the loss or its gradient is not finite."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    if not (loss.isfinite() and norm.isfinite()):
+        raise UserError(f"{name} is {loss.item()} and the norm of its gradient {norm.item()}")
+    optimizer.step()
+
+
 # DEPENDENCE GRAPH
 def mlp(*sizes):
     """Layers of the given sizes; each hidden one is Linear -> ReLU -> LayerNorm."""
@@ -338,7 +362,10 @@ def mlp(*sizes):
 
 
 class ReverseModel(nn.Module):
-    """q_psi(a^i | z^j, z'^j, z^i): what i did, told from what became of j. Logits of a^i for every pair of agents."""
+    """q_psi(a^i | z^j, z'^j, z^i): logits of i's action, told from j's transition; z' is the next step's z.
+
+    It is mlp(3 * Z, 256, 128, 128, A) on every pair of agents, the first layer split to save time.
+    """
 
     def __init__(self, latent_dim, num_actions):
         super().__init__()
@@ -347,10 +374,13 @@ class ReverseModel(nn.Module):
 
     def forward(self, z, z_next):
         """z and z_next (B, N, Z) -> (B, N_i, N_j, A)."""
-        # the widest layer: computed once per agent and added per pair, instead of once per pair
-        influenced_weight, influencer_weight = self.input.weight.split([2 * z.shape[-1], z.shape[-1]], dim=1)
+        # the widest layer is computed once per agent and added per pair
+        latent_dim = z.shape[-1]
+        influenced_weight = self.input.weight[:, : 2 * latent_dim]
+        influencer_weight = self.input.weight[:, 2 * latent_dim :]
         influenced = torch.cat([z, z_next], -1) @ influenced_weight.T  # (B, N_j, 256)
         influencer = z @ influencer_weight.T + self.input.bias  # (B, N_i, 256)
+        # (B, N_i, 1, 256) + (B, 1, N_j, 256)
         return self.head(influencer.unsqueeze(-2) + influenced.unsqueeze(-3))
 
 
@@ -363,10 +393,17 @@ class GraphLogits(NamedTuple):
 
 
 class GraphModels(nn.Module):
-    """The networks behind the learned graph: encoder, single-agent reverse model, action predictor, reverse model."""
+    """The networks behind the learned graph.
 
-    def __init__(self, obs_dim, num_actions, encoder=True, latent_dim=64):
+    encoder               z = f(o), so that merely seeing another agent gives no edge
+    single_reverse_model  q(a^i | z^i, z'^i): trains the encoder to keep what actions change; no other use
+    action_predictor      q_phi(a^i | z^i)
+    reverse_model         q_psi(a^i | z^j, z'^j, z^i) for all pairs (i, j), i = j included
+    """
+
+    def __init__(self, obs_dim, num_actions, encoder=True, bf16=False, latent_dim=64):
         super().__init__()
+        self.bf16 = bf16
         if encoder:
             self.encoder = mlp(obs_dim, 64, 64, latent_dim)
         else:
@@ -378,14 +415,17 @@ class GraphModels(nn.Module):
 
     def forward(self, obs, alive):
         """obs (T+1, E, N, D), alive (T, E) -> GraphLogits of the steps that took place."""
-        latent = self.encoder(obs)  # (T+1, E, N, Z)
-        z = latent[:-1][alive]  # (B, N, Z)
-        z_next = latent[1:][alive]
-        single = self.single_reverse_model(torch.cat([z, z_next], -1))
-        z, z_next = z.detach(), z_next.detach()  # the single-agent reverse model alone trains the encoder
-        predictor = self.action_predictor(z)
-        reverse = self.reverse_model(z, z_next)
-        return GraphLogits(single.float(), predictor.float(), reverse.float())  # they are bfloat16 under --bf16
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+            latent = self.encoder(obs)  # (T+1, E, N, Z)
+            z = latent[:-1][alive]  # (B, N, Z)
+            z_next = latent[1:][alive]
+            single = self.single_reverse_model(torch.cat([z, z_next], -1))
+            # the two others do not train the encoder
+            z = z.detach()
+            z_next = z_next.detach()
+            predictor = self.action_predictor(z)
+            reverse = self.reverse_model(z, z_next)
+        return GraphLogits(single.float(), predictor.float(), reverse.float())
 
 
 def entropy(logits):
@@ -397,7 +437,8 @@ def entropy(logits):
 def learned_graph(predictor_logits, reverse_logits, c):
     """i -> j iff H(q_psi(a^i | z^j, z'^j, z^i)) < c H(q_phi(a^i | z^i)), or i = j; H: entropy in nats.
 
-    Logits (B, N, A) and (B, N_i, N_j, A) -> graph (B, N_i, N_j) bool, mean entropies (i = j included), their ratio.
+    That is: to know what became of j tells something about what i did. Logits (B, N, A) and (B, N_i, N_j, A)
+    -> graph (B, N_i, N_j) bool and, to be logged, the entropies' means (i = j included) and the means' ratio.
     """
     predictor_entropy = entropy(predictor_logits.detach())  # (B, N)
     reverse_entropy = entropy(reverse_logits.detach())  # (B, N_i, N_j)
@@ -412,34 +453,36 @@ def learned_graph(predictor_logits, reverse_logits, c):
 
 
 def oracle_graph(positions, max_distance, nearest=3):
-    """The authors' heuristic: i -> j iff j is within max_distance (L1) of i and one of the nearest (i counts).
+    """The authors' heuristic: i -> j iff j is within max_distance (L1) and among i's nearest, i included.
 
     positions after each step (T, E, N, 2) -> (T, E, N_i, N_j) bool.
     """
     distance = (positions.unsqueeze(-2) - positions.unsqueeze(-3)).abs().sum(-1)
-    rank = distance.argsort(dim=-1, stable=True).argsort(dim=-1)
+    rank = distance.argsort(dim=-1, stable=True).argsort(dim=-1)  # of j by its distance from i
     close = (distance <= max_distance) & (rank < nearest)
-    return close | torch.eye(distance.shape[-1], dtype=torch.bool)  # two may stand on one cell: keep the diagonal
+    # a blocked agent's cell can be entered: of several on one cell, some are not among their own nearest
+    return close | torch.eye(distance.shape[-1], dtype=torch.bool)
 
 
 def change_edges(graph, drop, add):
-    """Remove each edge with probability drop and add each missing one with probability add, but for the diagonal."""
-    noise = torch.rand(graph.shape).to(graph.device)
+    """Remove each edge with probability drop, add each missing one with probability add; not on the diagonal."""
+    noise = torch.rand(graph.shape).to(graph.device)  # drawn on the CPU, whose generator a checkpoint keeps
     graph = torch.where(graph, noise >= drop, noise < add)
     graph.diagonal(dim1=-2, dim2=-1).fill_(True)
     return graph
 
 
-def dependence_graph(args, oracle, logits, alive):
+def dependence_graph(args, oracle, graph_logits, alive):
     """The graph that the options ask for, (T, E, N_i, N_j) bool, and what is to be logged of a learned one.
 
-    oracle (T, E, N_i, N_j) bool, GraphLogits of the steps that took place (for --graph learned), alive (T, E) bool.
+    oracle (T, E, N_i, N_j) bool; graph_logits: GraphLogits, for --graph learned alone; alive (T, E) bool.
     """
     identity = torch.eye(oracle.shape[-1], dtype=torch.bool, device=oracle.device).expand_as(oracle)
     charts = {}
     if args.graph == "learned":
         graph = identity.clone()
-        graph[alive], charts = learned_graph(logits.action_predictor, logits.reverse_model, args.c)
+        predictor_logits = graph_logits.action_predictor
+        graph[alive], charts = learned_graph(predictor_logits, graph_logits.reverse_model, args.c)
     elif args.graph == "oracle":
         graph = oracle
     elif args.graph == "random":
@@ -479,14 +522,16 @@ def accuracy(logits, actions):
 
 
 def update_graph_models(logits, actions, optimizer):
-    """One step on the cross-entropy of each prediction of a^i; GraphLogits, actions (B, N) -> losses and accuracies."""
-    pair_actions = actions.unsqueeze(-1).expand(logits.reverse_model.shape[:-1])  # every j of a pair (i, j) tells a^i
+    """One step on the cross-entropy of each prediction of a^i; actions (B, N) -> losses and accuracies."""
+    # the target of a pair (i, j) is a^i
+    pair_actions = actions.unsqueeze(-1).expand(logits.reverse_model.shape[:-1])
     single_loss = cross_entropy(logits.single_reverse_model, actions)
     predictor_loss = cross_entropy(logits.action_predictor, actions)
     reverse_loss = cross_entropy(logits.reverse_model, pair_actions)
     # one sum, one Adam: no two of the losses share a weight and Adam treats every weight by itself
     loss = single_loss + predictor_loss + reverse_loss
-    gradient_step(optimizer, loss, "single_reverse_model_loss + action_predictor_loss + reverse_model_loss")
+    names = "single_reverse_model_loss + action_predictor_loss + reverse_model_loss"
+    gradient_step(optimizer, loss, names)
     return {
         "single_reverse_model_loss": single_loss.detach(),
         "single_reverse_model_accuracy": accuracy(logits.single_reverse_model, actions),
@@ -501,8 +546,8 @@ def update_graph_models(logits, actions, optimizer):
 def gae(rewards, values, terminated, alive, gamma, gae_lambda):
     """Every agent's own generalized advantage estimate (Schulman et al. 2016) over whole, padded episodes.
 
-    rewards (T, E, N), values (T+1, E, N), terminated and alive (T, E) bool -> (T, E, N), 0 in the padding. An episode
-    that ends without `terminated` bootstraps from the value after its last step.
+    rewards (T, E, N), values (T+1, E, N), terminated and alive (T, E) bool -> (T, E, N), 0 in the padding.
+    An episode that ends without `terminated` bootstraps from the value after its last step.
     """
     advantages = torch.zeros_like(rewards)
     last_advantage = torch.zeros_like(rewards[0])  # (E, N)
@@ -517,39 +562,47 @@ def gae(rewards, values, terminated, alive, gamma, gae_lambda):
 
 
 def meeting_times(graph, alive):
-    """First time m >= t at which something that i did at t can have reached j, along edges of t, t+1, ..., m.
+    """First m >= t at which the effect of i's action at t can have reached j, along edges of t, t+1, ..., m.
 
-    graph (T, E, N, N) bool, alive (T, E) bool -> (T, E, N_i, N_j) float, inf if the episode ends before. One backward
-    sweep: an edge i -> j at t gives m_t[i, j] = t, otherwise m_t[i, j] = min over k with an edge i -> k of m_t+1[k, j].
+        m_t[i, j] = t                                              if there is an edge i -> j at t
+        m_t[i, j] = min over k with an edge i -> k of m_t+1[k, j]  otherwise (k = i: wait)
+
+    graph (T, E, N, N) bool, alive (T, E) bool -> (T, E, N_i, N_j) float, inf if the episode ends before.
     """
     T, E, N, _ = graph.shape
     eye = torch.eye(N, dtype=torch.bool, device=graph.device)
     edges = (graph | eye) & alive[..., None, None]
     times = torch.empty(edges.shape, device=graph.device)
-    following = torch.full((E, N, N), torch.inf, device=graph.device)  # m_t+1[k, j]
+    next_times = torch.full((E, N, N), torch.inf, device=graph.device)  # m_t+1[k, j]
     for t in reversed(range(T)):
-        following.diagonal(dim1=-2, dim2=-1).fill_(t)  # via k = j: an edge i -> j now
-        through_k = torch.where(edges[t].unsqueeze(-1), following.unsqueeze(-3), torch.inf)  # (E, N_i, N_k, N_j)
-        following = through_k.amin(-2)
-        times[t] = following
+        next_times.diagonal(dim1=-2, dim2=-1).fill_(t)  # an edge i -> j, with k = j, gives t itself
+        # (E, N_i, N_k, N_j)
+        through_k = torch.where(edges[t].unsqueeze(-1), next_times.unsqueeze(-3), torch.inf)
+        next_times = through_k.amin(-2)
+        times[t] = next_times
     return times
 
 
 def multi_agent_gae(rewards, values, terminated, alive, graph, gamma, gae_lambda, soft=True):
-    """Advantage of agent i: the TD errors of every agent j, counted from the first meeting time of i and j.
+    """Advantage of agent i: every agent j's TD errors delta^j from the first meeting m = m_t[i, j] on.
 
-        hard: A^i_t = sum_j (gamma lambda)^(m - t) GAE^j_m with m = m_t[i, j], 0 if they never meet
-        soft: (1 - lambda) sum_j GAE^j_t + lambda * hard
+        A^i_t = sum_j sum_{l >= t} (gamma lambda)^(l - t) w_l delta^j_l
+        hard: w_l = [l >= m]      soft: w_l = lambda [l >= m] + 1 - lambda
 
-    which equals the paper's double sum over path weights, in O(T). Shapes as in gae and meeting_times -> (T, E, N).
+    With agent j's own GAE^j_t = sum_{l >= t} (gamma lambda)^(l - t) delta^j_l this is
+
+        hard: A^i_t = sum_j (gamma lambda)^(m - t) GAE^j_m, 0 for a j that is never met
+        soft: A^i_t = lambda * hard + (1 - lambda) sum_j GAE^j_t
+
+    Shapes as in gae and meeting_times -> (T, E, N).
     """
     own = gae(rewards, values, terminated, alive, gamma, gae_lambda)  # (T, E, N)
     meeting = meeting_times(graph, alive)  # (T, E, N_i, N_j)
     never = meeting.isinf()
     now = torch.arange(len(meeting), device=meeting.device).view(-1, 1, 1, 1)
     discount = (gamma * gae_lambda) ** (meeting - now)
-    index = meeting.masked_fill(never, 0).long()
-    at_meeting = own.unsqueeze(2).expand(meeting.shape).gather(0, index)  # GAE^j_m
+    meeting_index = meeting.masked_fill(never, 0).long()  # 0 for never, which is masked below
+    at_meeting = own.unsqueeze(2).expand(meeting.shape).gather(0, meeting_index)  # GAE^j_m
     hard = (discount * at_meeting).masked_fill(never, 0.0).sum(-1)
     if not soft:
         return hard
@@ -558,30 +611,33 @@ def multi_agent_gae(rewards, values, terminated, alive, graph, gamma, gae_lambda
 
 # ROLLOUT
 class Rollout(NamedTuple):
-    """One whole episode of every environment; T is the length of the longest."""
+    """One whole episode of every environment; T is the length of the longest.
+
+    In the padding rewards and observations are 0, actions and logprobs arbitrary.
+    """
 
     obs: torch.Tensor  # (T+1, E, N, D), with the observation after the last step
     actions: torch.Tensor  # (T, E, N) int64
     logprobs: torch.Tensor  # (T, E, N)
     rewards: torch.Tensor  # (T, E, N), each agent's own
-    terminated: torch.Tensor  # (T, E) bool: the step ended the episode in a terminal state
-    alive: torch.Tensor  # (T, E) bool: the step took place; what follows an episode's end is padding
+    terminated: torch.Tensor  # (T, E) bool: ended in a terminal state; any other end is a truncation
+    alive: torch.Tensor  # (T, E) bool: the step took place
 
 
 @torch.no_grad()
 def collect(envs, actor, device, greedy=False, generator=None):
-    """Play one whole episode in every environment -> Rollout. Random draws: the generator's, or PyTorch's own."""
-    T = envs[0]._max_episode_steps
+    """Play one whole episode in every environment -> Rollout. The generator is PyTorch's own unless given."""
+    max_steps = envs[0]._max_episode_steps
     E = len(envs)
     N = envs[0].n_agents
     D = envs[0].observation_space[0].shape[0]
-    obs = np.zeros((T + 1, E, N, D), dtype=np.float32)
-    actions = torch.zeros((T, E, N), dtype=torch.long)
-    logprobs = torch.zeros((T, E, N))
-    rewards = np.zeros((T, E, N), dtype=np.float32)
-    terminated = np.zeros((T, E), dtype=bool)
-    truncated = np.zeros((T, E), dtype=bool)
-    alive = np.zeros((T, E), dtype=bool)
+    obs = np.zeros((max_steps + 1, E, N, D), dtype=np.float32)
+    actions = torch.zeros((max_steps, E, N), dtype=torch.long)
+    logprobs = torch.zeros((max_steps, E, N))
+    rewards = np.zeros((max_steps, E, N), dtype=np.float32)
+    terminated = np.zeros((max_steps, E), dtype=bool)
+    truncated = np.zeros((max_steps, E), dtype=bool)
+    alive = np.zeros((max_steps, E), dtype=bool)
 
     for e, env in enumerate(envs):
         obs[0, e], _ = env.reset()
@@ -589,17 +645,18 @@ def collect(envs, actor, device, greedy=False, generator=None):
     t = 0
     while running:
         logits = actor(torch.from_numpy(obs[t]).to(device))
-        all_logprobs = logits.log_softmax(-1).cpu()  # (E, N, A)
+        all_logprobs = logits.log_softmax(-1).cpu()  # (E, N, A), where the generator is
         if greedy:
             actions[t] = all_logprobs.argmax(-1)
         else:
-            # Gumbel-max: log-probabilities plus Gumbel noise, a sample at a third of the cost of Categorical
+            # Gumbel-max: -log of an exponential is Gumbel noise; a third of the cost of Categorical
             exponential = torch.empty_like(all_logprobs).exponential_(generator=generator)
             actions[t] = (all_logprobs - exponential.log()).argmax(-1)
         logprobs[t] = all_logprobs.gather(-1, actions[t].unsqueeze(-1)).squeeze(-1)
         joint_actions = actions[t].tolist()
         for e in running:
-            obs[t + 1, e], rewards[t, e], terminated[t, e], truncated[t, e], _ = envs[e].step(joint_actions[e])
+            step = envs[e].step(joint_actions[e])
+            obs[t + 1, e], rewards[t, e], terminated[t, e], truncated[t, e], _ = step
             alive[t, e] = True
         running = [e for e in running if not (terminated[t, e] or truncated[t, e])]
         t += 1
@@ -617,65 +674,68 @@ def collect(envs, actor, device, greedy=False, generator=None):
 def episode_charts(rollout):
     """Means over the episodes of a rollout, for TensorBoard."""
     agent_returns = rollout.rewards.sum(0).mean(0)  # (N)
-    charts = {"episodic_return": agent_returns.sum(), "episodic_length": rollout.alive.sum(0).float().mean()}
+    charts = {
+        "episodic_return": agent_returns.sum(),
+        "episodic_length": rollout.alive.sum(0).float().mean(),
+    }
     for i, agent_return in enumerate(agent_returns):
         charts[f"episodic_return_agent_{i}"] = agent_return
     return charts
 
 
 # PPO UPDATE
-def gradient_step(optimizer, loss, name, max_grad_norm=torch.inf):
-    """One step of the optimizer; UserError if the loss or its gradient is not finite."""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
-    if not (loss.isfinite() and norm.isfinite()):
-        raise UserError(f"{name} is {loss.item()} and the norm of its gradient {norm.item()}")
-    optimizer.step()
+class Batch(NamedTuple):
+    """What the policy and the critic learn from: the steps that took place."""
+
+    obs: torch.Tensor  # (B, N, D)
+    actions: torch.Tensor  # (B, N) int64
+    logprobs: torch.Tensor  # (B, N), under the policy that collected them
+    advantages: torch.Tensor  # (B, N)
+    value_targets: torch.Tensor  # (B, N)
 
 
-def ppo_update(
-    actor, critic, actor_optimizer, critic_optimizer, obs, actions, old_logprobs, advantages, value_targets, args
-):
+def ppo_update(actor, critic, actor_optimizer, critic_optimizer, batch, args):
     """update_epochs times a critic step, then a policy step, each on the whole batch (Schulman et al. 2017).
 
-    obs (B, N, D), the others (B, N) -> means over the epochs. UserError if a loss is not finite.
+    Batch -> means over the epochs. UserError if a loss is not finite.
     """
+    advantages = batch.advantages
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     history = defaultdict(list)
     for _ in range(args.update_epochs):
-        value_loss = 0.5 * ((critic(obs) - value_targets) ** 2).mean()
+        value_loss = 0.5 * ((critic(batch.obs) - batch.value_targets) ** 2).mean()
         gradient_step(critic_optimizer, value_loss, "value_loss", args.max_grad_norm)
 
-        all_logprobs = actor(obs).log_softmax(-1)  # (B, N, A)
-        entropy_loss = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
-        logprobs = all_logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B, N)
-        logratio = logprobs - old_logprobs
+        all_logprobs = actor(batch.obs).log_softmax(-1)  # (B, N, A)
+        mean_entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
+        logprobs = all_logprobs.gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)  # (B, N)
+        logratio = logprobs - batch.logprobs
         ratio = logratio.exp()
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         policy_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
-        gradient_step(actor_optimizer, policy_loss - args.ent_coef * entropy_loss, "policy_loss", args.max_grad_norm)
+        loss = policy_loss - args.ent_coef * mean_entropy
+        gradient_step(actor_optimizer, loss, "policy_loss", args.max_grad_norm)
 
         history["value_loss"].append(value_loss.detach())
         history["policy_loss"].append(policy_loss.detach())
-        history["entropy"].append(entropy_loss.detach())
+        history["entropy"].append(mean_entropy.detach())
         history["approx_kl"].append((ratio - 1 - logratio).mean().detach())
         history["clipfrac"].append(((ratio - 1).abs() > args.clip_coef).float().mean())
         history["ratio"].append(ratio.mean().detach())
-    first_ratio = history.pop("ratio")[0]  # must be 1
-    means = {name: torch.stack(values).mean() for name, values in history.items()}
+    first_ratio = history.pop("ratio")[0]  # 1 up to rounding: nothing has changed yet
+    means = {name: torch.stack(epochs).mean() for name, epochs in history.items()}
     return means | {"first_ratio": first_ratio}
 
 
 def explained_variance(values, value_targets):
-    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for one that predicts the mean."""
+    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for one that gives the mean."""
     return 1 - (value_targets - values).var() / value_targets.var()
 
 
 # EVALUATION
 def evaluation_is_due(evaluations, global_step, args):
-    """At the start, whenever global_step has passed a multiple of eval_interval, and at the end."""
+    """True at the start, when global_step has passed a multiple of eval_interval, and at the end."""
     if not evaluations:
         return True
     at_end = global_step >= args.total_timesteps and global_step > evaluations[-1]["global_step"]
@@ -685,11 +745,13 @@ def evaluation_is_due(evaluations, global_step, args):
 def evaluate(actor, args, index, device):
     """Play eval_episodes episodes on fresh environments -> per-agent returns (episodes, N).
 
-    The boards depend on args.seed and the index of the evaluation alone: every script plays the same ones.
+    The boards depend on args.seed and the evaluation's index alone: all scripts here play the same ones.
     """
-    seeds = np.random.SeedSequence([args.seed, 1, index]).generate_state(args.eval_episodes)  # 1: not training's
+    # the 1 keeps them apart from the seeds of training
+    seeds = np.random.SeedSequence([args.seed, 1, index]).generate_state(args.eval_episodes)
     envs = [make_env(args.env_id, args.winner_take_all, seed) for seed in seeds]
-    generator = torch.Generator().manual_seed(int(seeds[0]))  # training's random draws stay as they are
+    # an own generator: none of training's random numbers are used up
+    generator = torch.Generator().manual_seed(int(seeds[0]))
     rollout = collect(envs, actor, device, args.eval_greedy, generator)
     return rollout.rewards.sum(0).cpu()
 
@@ -702,7 +764,8 @@ def evaluation_row(agent_returns, global_step, args):
     row = {
         "global_step": global_step,
         "evaluation": index,
-        "nominal_step": args.total_timesteps if at_end else index * args.eval_interval,  # when it was due
+        # when it was due
+        "nominal_step": args.total_timesteps if at_end else index * args.eval_interval,
         "episodic_return": team_returns.mean().item(),
         "episodic_return_std": team_returns.std(correction=0).item(),
         "episodes": len(team_returns),
@@ -712,16 +775,16 @@ def evaluation_row(agent_returns, global_step, args):
     return row
 
 
-# RUN FOLDER: what keeps a run from being lost. Skip it on first reading.
+# RUN FOLDER: command line, signals, logs, checkpoints. Skip it on first reading.
 class Stopped(Exception):
     """A stop signal has come: what is half done is dropped, the run is saved and ends."""
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and SIGHUP: the run is saved and ends with status 128 + signal. A second one ends it at once.
+    """Ctrl-C, SIGTERM and SIGHUP: save, then exit with 128 + signal; a second one ends the run at once.
 
-    They cut short what stands under `with stop_signals.raised():`, which changes nothing that is saved. Everything else
-    is finished first.
+    They cut short what stands under `with stop_signals.raised():` and leave no trace of it, since a checkpoint
+    gets the random state of the last whole iteration. Everything else is finished first.
     """
 
     def __init__(self):
@@ -729,14 +792,16 @@ class StopSignals:
         self.received_at = 0.0
         self.raising = False
         signals = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        # Windows has no SIGHUP, nohup ignores it
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signals.append(signal.SIGHUP)
         for signum in signals:
             signal.signal(signum, self.handle)
 
     def handle(self, signum, _):
         if self.received:
-            if time.monotonic() > self.received_at + 1:  # `timeout` and closing terminals send the first one twice
+            # `timeout` and closing terminals send the first one twice
+            if time.monotonic() > self.received_at + 1:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
             return
@@ -758,7 +823,7 @@ class StopSignals:
 
 
 class LastingStream:
-    """stdout or stderr, which may be closed or lose its reader: what nobody reads is dropped and the run goes on."""
+    """stdout or stderr, which may be closed or lose its reader: what nobody reads is dropped."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
@@ -771,7 +836,7 @@ class LastingStream:
             self.stream = open(os.devnull, "w")
 
     def flush(self):
-        pass  # write() has
+        pass  # write() flushes
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -779,7 +844,7 @@ class LastingStream:
 
 @contextlib.contextmanager
 def writing(path):
-    """UserError for a full disk, a folder that is gone or read-only, and the like."""
+    """Turn a full disk, a folder that is gone or read-only, and the like into a UserError."""
     try:
         yield
     except OSError as error:
@@ -787,7 +852,7 @@ def writing(path):
 
 
 def write_atomically(path, data):
-    """Write bytes to a temporary file and rename it: whenever the process is killed, path is whole, old or new."""
+    """Write bytes to a temporary file and rename it: whenever the process dies, path is whole, old or new."""
     temporary = path + ".tmp"
     with writing(path):
         try:
@@ -803,7 +868,7 @@ def write_atomically(path, data):
 
 
 def load_checkpoint(path):
-    """A checkpoint as the dict that save_checkpoint has written; UserError if it is not a whole one of this script."""
+    """A checkpoint as save_checkpoint has written it; UserError if it is not a whole one of this script."""
     if not os.path.exists(path):
         raise UserError(f"--resume: {path} does not exist")
     try:
@@ -833,9 +898,10 @@ def parse_args():
             path = os.path.join(path, "checkpoint.pt")
         checkpoint = load_checkpoint(path)
         saved = checkpoint["args"]
-        args = tyro.cli(Args, default=Args(**saved))  # what the command line does not give is as it was
+        # what the command line does not give is as it was
+        args = tyro.cli(Args, default=Args(**saved))
         args.resume = path
-        free = {
+        may_change = {
             "resume",
             "save_model",
             "checkpoint_interval",
@@ -846,7 +912,7 @@ def parse_args():
         }
         for name, value in vars(args).items():
             longer = name == "total_timesteps" and value >= saved[name]
-            if value != saved[name] and name not in free and not longer:
+            if value != saved[name] and name not in may_change and not longer:
                 raise UserError(f"--resume: {name} is {value} here, {saved[name]} in the checkpoint")
     check_args(args)
     return args, checkpoint
@@ -855,12 +921,12 @@ def parse_args():
 def choose_device(args):
     """The GPU if it is asked for and there is one, with deterministic algorithms unless they are switched off."""
     if not args.cuda:
-        return torch.device("cpu")  # what is used here is deterministic on a CPU
+        return torch.device("cpu")
     if not torch.cuda.is_available():
         print(f"{SCRIPT}: CUDA is not available, the CPU is used", file=sys.stderr)
         return torch.device("cpu")
     if args.torch_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(args.torch_deterministic)
     return torch.device("cuda")
 
@@ -868,8 +934,9 @@ def choose_device(args):
 def make_run_name(args):
     """A name for a new run's folder; UserError if it cannot be one."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    if not args.exp_name or "/" in args.exp_name or os.sep in args.exp_name or len(os.fsencode(name)) > 255:
-        raise UserError(f"exp_name must be a name for a folder: not empty, no slashes, not too long: {args.exp_name!r}")
+    one_component = args.exp_name and "/" not in args.exp_name and os.sep not in args.exp_name
+    if not one_component or len(os.fsencode(name)) > 255:
+        raise UserError(f"exp_name must name a folder (not empty, no slashes, not too long): {args.exp_name!r}")
     return name
 
 
@@ -893,9 +960,9 @@ def start_wandb(args, name):
 
 
 def open_run_folder(run_name, args, checkpoint):
-    """The folder of a new run, or that of the checkpoint, and its file run.json, locked as long as this process lives.
+    """The folder of a new run, or that of the checkpoint, and its file run.json, locked by this process.
 
-    UserError if it cannot be made, another process has it, or it holds another run or a later checkpoint of this one.
+    UserError if it cannot be made, another process has it, or it holds another run or a later checkpoint.
     """
     if checkpoint is None:
         run_dir = os.path.join("runs", run_name)
@@ -905,7 +972,7 @@ def open_run_folder(run_name, args, checkpoint):
             except FileExistsError as error:
                 raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
     else:
-        run_dir = os.path.dirname(os.path.realpath(args.resume))  # a link continues its own run
+        run_dir = os.path.dirname(os.path.realpath(args.resume))  # a symlink resumes the run it points to
         check_no_later_checkpoint(run_dir, args, checkpoint)
     path = os.path.join(run_dir, "run.json")
     with writing(path):
@@ -946,14 +1013,15 @@ def check_no_later_checkpoint(run_dir, args, checkpoint):
 
 
 def open_log(run_dir, args, global_step, resumed):
-    """TensorBoard's writer for a run that stands at global_step; what was logged beyond is dropped."""
+    """TensorBoard's writer for a run that stands at global_step; later points are dropped."""
     with writing(run_dir):
-        # A run's event files are read in the order of their names, which begin with the second of their start. Clocks
-        # may stand still or go back: the earlier files get the seconds 0, 1, 2, ...
+        # A run's event files are read in the order of their names, which begin with the second of their
+        # start. Clocks may stand still or go back: the earlier files get the seconds 0, 1, 2, ...
         earlier = sorted(name for name in os.listdir(run_dir) if name.startswith("events.out.tfevents."))
         for k, name in enumerate(earlier):
             rest = name.removeprefix("events.out.tfevents.").partition(".")[2]
-            os.rename(os.path.join(run_dir, name), os.path.join(run_dir, f"events.out.tfevents.{k:010d}.{rest}"))
+            new_name = f"events.out.tfevents.{k:010d}.{rest}"
+            os.rename(os.path.join(run_dir, name), os.path.join(run_dir, new_name))
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if resumed else None)
         rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(rows))
@@ -981,7 +1049,8 @@ def log_evaluation(writer, run_dir, evaluations, row):
     """Append the row to the run's evaluations and write them to evaluations.csv and TensorBoard."""
     evaluations.append(row)
     write_evaluations(run_dir, evaluations)
-    metrics = {name: value for name, value in row.items() if name not in ("global_step", "evaluation", "nominal_step")}
+    not_metrics = ("global_step", "evaluation", "nominal_step")
+    metrics = {name: value for name, value in row.items() if name not in not_metrics}
     log_scalars(writer, row["global_step"], {"eval": metrics})
 
 
@@ -998,10 +1067,11 @@ def set_random_state(envs, random_state):
 
 
 def checkpoint_is_due(saved_step, global_step, args):
-    """After the first iteration and whenever global_step has passed a multiple of checkpoint_interval."""
-    if args.checkpoint_interval == 0 or global_step >= args.total_timesteps:
+    """True after the first iteration and when global_step has passed a multiple of checkpoint_interval."""
+    interval = args.checkpoint_interval
+    if interval == 0 or global_step >= args.total_timesteps:
         return False  # the end has a checkpoint of its own
-    return saved_step is None or global_step // args.checkpoint_interval > saved_step // args.checkpoint_interval
+    return saved_step is None or global_step // interval > saved_step // interval
 
 
 def save_checkpoint(run_dir, run_name, args, trained, random_state, global_step, iteration, evaluations):
@@ -1029,7 +1099,8 @@ def main():
     run_name = checkpoint["run_name"] if checkpoint else make_run_name(args)
     device = choose_device(args)
     torch.set_num_threads(args.num_threads)
-    torch.manual_seed(args.seed)  # PyTorch's CPU generator is the only random stream besides the environments' own
+    # PyTorch's CPU generator is the only random stream besides the environments' own
+    torch.manual_seed(args.seed)
     stop_signals = StopSignals()
 
     env_seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
@@ -1039,17 +1110,17 @@ def main():
     A = int(envs[0].action_space[0].n)
     actor = AgentNetwork(D, N, args.hidden_dim, A).to(device)
     critic = Critic(D, N, args.hidden_dim, 1).to(device)
-    models = GraphModels(D, A, args.encoder).to(device)
+    graph_models = GraphModels(D, A, args.encoder, args.bf16).to(device)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "fused": True}
     actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
-    models_optimizer = torch.optim.Adam(models.parameters(), **adam)
+    models_optimizer = torch.optim.Adam(graph_models.parameters(), **adam)
     trained = {
         "actor": actor,
         "actor_optimizer": actor_optimizer,
         "critic": critic,
         "critic_optimizer": critic_optimizer,
-        "models": models,
+        "models": graph_models,
         "models_optimizer": models_optimizer,
     }
     global_step = 0
@@ -1079,9 +1150,11 @@ def main():
     try:
         # EVALUATE the untrained policy, or what a stop signal has kept from being evaluated
         if evaluation_is_due(evaluations, global_step, args):
+            index = global_step // args.eval_interval
             with stop_signals.raised():
-                agent_returns = evaluate(actor, args, global_step // args.eval_interval, device)  # (episodes, N)
-            log_evaluation(writer, run_dir, evaluations, evaluation_row(agent_returns, global_step, args))
+                agent_returns = evaluate(actor, args, index, device)  # (episodes, N)
+            row = evaluation_row(agent_returns, global_step, args)
+            log_evaluation(writer, run_dir, evaluations, row)
 
         while global_step < args.total_timesteps:
             # COLLECT
@@ -1092,54 +1165,53 @@ def main():
             global_step += int(alive.sum())
 
             # DEPENDENCE GRAPH, by models trained up to the iteration before
-            oracle = oracle_graph(player_positions(envs), args.oracle_distance).to(device)  # (T, E, N_i, N_j)
-            logits = None
-            if args.graph == "learned":
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                    logits = models(rollout.obs, alive)  # GraphLogits
-            graph, graph_charts = dependence_graph(args, oracle, logits, alive)  # (T, E, N_i, N_j)
+            positions = player_positions(envs)
+            oracle = oracle_graph(positions, args.oracle_distance).to(device)  # (T, E, N_i, N_j)
+            # one forward pass gives the graph and, below, the losses
+            graph_logits = graph_models(rollout.obs, alive) if args.graph == "learned" else None
+            graph, graph_charts = dependence_graph(args, oracle, graph_logits, alive)  # (T, E, N_i, N_j)
 
             # ADVANTAGES
             with torch.no_grad():
                 values = critic(rollout.obs)  # (T+1, E, N)
             experience = (rollout.rewards, values, rollout.terminated, alive)
-            # the critic's targets ignore the graph
-            value_targets = gae(*experience, args.gamma, args.gae_lambda) + values[:-1]  # (T, E, N)
-            advantages = multi_agent_gae(*experience, graph, args.gamma, args.gae_lambda, args.soft)  # (T, E, N)
+            # a value is that of the agent's own return: its target ignores the graph
+            value_targets = gae(*experience, args.gamma, args.gae_lambda) + values[:-1]
+            advantages = multi_agent_gae(*experience, graph, args.gamma, args.gae_lambda, args.soft)
 
             # UPDATE POLICY AND CRITIC, THEN THE GRAPH MODELS
-            losses = ppo_update(
-                actor,
-                critic,
-                actor_optimizer,
-                critic_optimizer,
-                rollout.obs[:-1][alive],  # (B, N, D)
-                rollout.actions[alive],  # (B, N)
-                rollout.logprobs[alive],
-                advantages[alive],
-                value_targets[alive],
-                args,
+            batch = Batch(
+                obs=rollout.obs[:-1][alive],
+                actions=rollout.actions[alive],
+                logprobs=rollout.logprobs[alive],
+                advantages=advantages[alive],
+                value_targets=value_targets[alive],
             )
+            losses = ppo_update(actor, critic, actor_optimizer, critic_optimizer, batch, args)
             if args.graph == "learned":
-                losses |= update_graph_models(logits, rollout.actions[alive], models_optimizer)
+                losses |= update_graph_models(graph_logits, batch.actions, models_optimizer)
+            losses["explained_variance"] = explained_variance(values[:-1][alive], batch.value_targets)
+            # the iteration is whole: a stop from here on resumes after it
             random_state = get_random_state(envs)
 
             # LOG
-            losses["explained_variance"] = explained_variance(values[:-1][alive], value_targets[alive])
             charts = episode_charts(rollout)
             charts["learning_rate"] = args.learning_rate
             charts["SPS"] = (global_step - start_step) / max(time.time() - start_time, 1e-9)
             graph_charts |= graph_statistics(graph[alive], oracle[alive])
             log_scalars(writer, global_step, {"charts": charts, "losses": losses, "graph": graph_charts})
             last_return = evaluations[-1]["episodic_return"]
-            bar.set_postfix(eval=f"{last_return:.3f}", edges=f"{graph_charts['density']:.2f}", refresh=False)
+            edges = graph_charts["density"]
+            bar.set_postfix(eval=f"{last_return:.3f}", edges=f"{edges:.2f}", refresh=False)
             bar.update(global_step - bar.n)
 
             # EVALUATE
             if evaluation_is_due(evaluations, global_step, args):
+                index = global_step // args.eval_interval
                 with stop_signals.raised():
-                    agent_returns = evaluate(actor, args, global_step // args.eval_interval, device)  # (episodes, N)
-                log_evaluation(writer, run_dir, evaluations, evaluation_row(agent_returns, global_step, args))
+                    agent_returns = evaluate(actor, args, index, device)  # (episodes, N)
+                row = evaluation_row(agent_returns, global_step, args)
+                log_evaluation(writer, run_dir, evaluations, row)
 
             # SAVE
             if checkpoint_is_due(saved_step, global_step, args):
@@ -1151,7 +1223,9 @@ def main():
         bar.close()
         with contextlib.suppress(OSError):
             writer.close()
-        last = "there is no checkpoint" if saved_step is None else f"the last checkpoint is of frame {saved_step}"
+        last = "there is no checkpoint"
+        if saved_step is not None:
+            last = f"the last checkpoint is of frame {saved_step}"
         raise UserError(f"iteration {iteration}: {error}; {last}") from error
 
     if stop_signals.received or args.checkpoint_interval or args.save_model:

@@ -73,7 +73,7 @@ class Args:
     seed: int = 1
     """seed of the networks, the environments and every random draw"""
     torch_deterministic: bool = True
-    """on a GPU, use deterministic algorithms only (on a CPU all that is used here is deterministic)"""
+    """use deterministic algorithms on a GPU (a CPU is deterministic anyway)"""
     cuda: bool = False
     """use a GPU (networks this small are faster on a core)"""
     num_threads: int = 1
@@ -87,9 +87,9 @@ class Args:
     save_model: bool = False
     """save a checkpoint at the end, also when --checkpoint-interval is 0"""
     checkpoint_interval: int = 100_000
-    """frames between two checkpoints (0: none but those of --save-model and of an interrupted run)"""
+    """frames between two checkpoints (0: only with --save-model or when interrupted)"""
     resume: str | None = None
-    """a run folder or its checkpoint.pt: continue that run exactly, in its own folder, also beyond --total-timesteps"""
+    """run folder or checkpoint.pt to continue exactly, in place; --total-timesteps may be larger"""
 
     env_id: str = "MMM"
     """any map of SMAClite, or 25m_vs_30m"""
@@ -127,13 +127,13 @@ class Args:
     """largest norm of the policy's and of the critic's gradient"""
 
     c: float = 0.9
-    """entropy-ratio threshold of an edge: 0 gives no edge (like local rewards), 1 most (like global rewards)"""
+    """entropy-ratio threshold of an edge: 0: no edges (towards local rewards), 1: most (towards global)"""
     graph: Literal["learned", "random", "complete", "identity"] = "learned"
     """where the dependence graph comes from"""
     graph_p: float = 0.5
     """probability of an edge under --graph random"""
     soft: bool = True
-    """mix hard path weights with lambda (robust to a noisy graph); --no-soft: hard weights"""
+    """count the share 1 - gae_lambda of all TD errors at once; --no-soft: none before a meeting"""
     encoder: bool = True
     """learn the graph on encoded observations; --no-encoder: on raw ones"""
     edge_drop: float = 0.0
@@ -141,7 +141,7 @@ class Args:
     edge_add: float = 0.0
     """probability of adding a missing edge (injected noise)"""
     transpose_graph: bool = False
-    """use the graph with influencer and influenced exchanged, as the authors' code does with the learned one"""
+    """exchange influencer and influenced, as the authors' code does with the learned graph"""
     pair_chunk: int = 65_536
     """pairs of agents that the reverse model treats at a time: bounds the memory"""
 
@@ -151,7 +151,7 @@ class UserError(Exception):
 
 
 def check_range(name, value, low, high=math.inf):
-    """Raise UserError unless low <= value <= high (which nan never is)."""
+    """Raise UserError unless low <= value <= high; nan always fails."""
     if not low <= value <= high:
         raise UserError(f"{name} must lie in [{low}, {high}], not {value}")
 
@@ -393,14 +393,14 @@ def end_workers(envs):
 
 # NETWORKS
 class AgentNetwork(nn.Module):
-    """Two hidden layers on [x, one-hot agent id], shared by all agents: x (..., N, in_dim) -> (..., N, out_dim).
+    """Two hidden layers on [x, one-hot agent id], shared by all: x (..., N, in_dim) -> (..., N, out_dim).
 
-    The first is W x + U[agent], so that an x common to all agents, (..., 1, in_dim), is not repeated for each of them.
+    The first layer is W x + U[agent]: an x common to all agents, (..., 1, in_dim), need not be repeated.
     """
 
     def __init__(self, in_dim, num_agents, hidden_dim, out_dim):
         super().__init__()
-        bound = (in_dim + num_agents) ** -0.5  # PyTorch's for a linear layer on [x, one-hot agent id]
+        bound = (in_dim + num_agents) ** -0.5  # of U, as for a linear layer on [x, one-hot agent id]
         self.input = nn.Linear(in_dim, hidden_dim)
         self.agent_id = nn.Parameter(torch.empty(num_agents, hidden_dim).uniform_(-bound, bound))
         self.hidden = nn.Linear(hidden_dim, hidden_dim)
@@ -443,6 +443,16 @@ def mask_logits(logits, avail):
     return logits.masked_fill(~avail, -1e9)
 
 
+def gradient_step(optimizer, loss, name, max_grad_norm=torch.inf):
+    """One step of the optimizer; UserError if the loss or its gradient is not finite."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    if not (loss.isfinite() and norm.isfinite()):
+        raise UserError(f"{name} is {loss.item()} and the norm of its gradient {norm.item()}")
+    optimizer.step()
+
+
 # DEPENDENCE GRAPH
 def mlp(*sizes):
     """Layers of the given sizes; each hidden one is Linear -> ReLU -> LayerNorm."""
@@ -453,7 +463,10 @@ def mlp(*sizes):
 
 
 class ReverseModel(nn.Module):
-    """q_psi(a^i | z^j, z'^j, z^i): what i did, told from what became of j. Logits of a^i for pairs of agents."""
+    """q_psi(a^i | z^j, z'^j, z^i): logits of i's action, told from j's transition; z' is the next step's z.
+
+    It is mlp(3 * Z, 256, 128, 128, A) on pairs of agents, the first layer split to save time.
+    """
 
     def __init__(self, latent_dim, num_actions):
         super().__init__()
@@ -462,8 +475,10 @@ class ReverseModel(nn.Module):
 
     def forward(self, z, z_next, pairs):
         """z and z_next (..., N, Z), pairs (..., N_i, N_j) bool, P of them true -> (P, A)."""
-        # the widest layer: computed once per agent and added per pair, instead of once per pair
-        influenced_weight, influencer_weight = self.input.weight.split([2 * z.shape[-1], z.shape[-1]], dim=1)
+        # the widest layer is computed once per agent and added per pair
+        latent_dim = z.shape[-1]
+        influenced_weight = self.input.weight[:, : 2 * latent_dim]
+        influencer_weight = self.input.weight[:, 2 * latent_dim :]
         influenced = torch.cat([z, z_next], -1) @ influenced_weight.T  # (..., N_j, 256)
         influencer = z @ influencer_weight.T + self.input.bias  # (..., N_i, 256)
         return self.head((influencer.unsqueeze(-2) + influenced.unsqueeze(-3))[pairs])
@@ -478,7 +493,13 @@ class GraphLogits(NamedTuple):
 
 
 class GraphModels(nn.Module):
-    """The networks behind the learned graph: encoder, single-agent reverse model, action predictor, reverse model."""
+    """The networks behind the learned graph.
+
+    encoder               z = f(o), so that merely seeing another agent gives no edge
+    single_reverse_model  q(a^i | z^i, z'^i): trains the encoder to keep what actions change; no other use
+    action_predictor      q_phi(a^i | z^i)
+    reverse_model         q_psi(a^i | z^j, z'^j, z^i) for all pairs (i, j) of the living, i = j included
+    """
 
     def __init__(self, obs_dim, num_actions, encoder=True, latent_dim=64):
         super().__init__()
@@ -497,7 +518,9 @@ class GraphModels(nn.Module):
         z = latent[:-1]
         z_next = latent[1:]
         single = self.single_reverse_model(torch.cat([z[active], z_next[active]], -1))
-        z, z_next = z.detach(), z_next.detach()  # the single-agent reverse model alone trains the encoder
+        # the two others do not train the encoder
+        z = z.detach()
+        z_next = z_next.detach()
         predictor = self.action_predictor(z[active])
         pairs = living_pairs(active)
         reverse = self.reverse_model(z, z_next, pairs)
@@ -526,7 +549,7 @@ def entropy(logits):
 
 
 @torch.no_grad()
-def learned_graph(models, obs, avail, active, c, pair_chunk):
+def learned_graph(graph_models, obs, avail, active, c, pair_chunk):
     """i -> j iff H(q_psi(a^i | z^j, z'^j, z^i)) < c H(q_phi(a^i | z^i)), or i = j; H: entropy in nats.
 
     Shapes as in GraphModels -> graph (T, E, N_i, N_j) bool, mean entropies (i = j included), their ratio. The dead have
@@ -538,7 +561,7 @@ def learned_graph(models, obs, avail, active, c, pair_chunk):
     reverse_total = torch.zeros((), device=obs.device)
     for part in time_chunks(T, E, N, pair_chunk):
         with_next = slice(part.start, part.stop + 1)
-        logits = models(obs[with_next], avail[part], active[part])
+        logits = graph_models(obs[with_next], avail[part], active[part])
         pairs = living_pairs(active[part])
         predictor_entropy = entropy(logits.action_predictor)  # (R)
         reverse_entropy = entropy(logits.reverse_model)  # (P)
@@ -560,14 +583,14 @@ def learned_graph(models, obs, avail, active, c, pair_chunk):
 
 
 def change_edges(graph, drop, add):
-    """Remove each edge with probability drop and add each missing one with probability add, but for the diagonal."""
-    noise = torch.rand(graph.shape).to(graph.device)
+    """Remove each edge with probability drop, add each missing one with probability add; not on the diagonal."""
+    noise = torch.rand(graph.shape).to(graph.device)  # drawn on the CPU, whose generator a checkpoint keeps
     graph = torch.where(graph, noise >= drop, noise < add)
     graph.diagonal(dim1=-2, dim2=-1).fill_(True)
     return graph
 
 
-def dependence_graph(args, models, obs, avail, active):
+def dependence_graph(args, graph_models, obs, avail, active):
     """The graph that the options ask for, (T, E, N_i, N_j) bool, and what is to be logged of a learned one.
 
     obs (T+1, E, N, D), avail (T, E, N, A) bool, active (T, E, N) bool. The dead have no edges but their own.
@@ -576,7 +599,7 @@ def dependence_graph(args, models, obs, avail, active):
     identity = torch.eye(N, dtype=torch.bool, device=active.device).expand(*active.shape, N)
     charts = {}
     if args.graph == "learned":
-        graph, charts = learned_graph(models, obs, avail, active, args.c, args.pair_chunk)
+        graph, charts = learned_graph(graph_models, obs, avail, active, args.c, args.pair_chunk)
     elif args.graph == "random":
         graph = change_edges(identity, drop=0.0, add=args.graph_p)
     elif args.graph == "complete":
@@ -605,7 +628,7 @@ def hits(logits, actions):
     return (logits.argmax(-1) == actions).sum()
 
 
-def update_graph_models(models, optimizer, obs, avail, active, actions, pair_chunk):
+def update_graph_models(graph_models, optimizer, obs, avail, active, actions, pair_chunk):
     """One step on the cross-entropy of each prediction of a^i over all the living, its gradient summed up by chunks.
 
     Shapes as in GraphModels, actions (T, E, N) -> losses and accuracies. UserError if a loss is not finite.
@@ -616,10 +639,10 @@ def update_graph_models(models, optimizer, obs, avail, active, actions, pair_chu
     optimizer.zero_grad()
     for part in time_chunks(*active.shape, pair_chunk):
         with_next = slice(part.start, part.stop + 1)
-        logits = models(obs[with_next], avail[part], active[part])
+        logits = graph_models(obs[with_next], avail[part], active[part])
         pairs = living_pairs(active[part])
         own_actions = actions[part][active[part]]  # (R)
-        pair_actions = actions[part].unsqueeze(-1).expand(pairs.shape)[pairs]  # (P): every j of a pair (i, j) tells a^i
+        pair_actions = actions[part].unsqueeze(-1).expand(pairs.shape)[pairs]  # (P): the target of (i, j) is a^i
         single_loss = summed_cross_entropy(logits.single_reverse_model, own_actions) / num_own
         predictor_loss = summed_cross_entropy(logits.action_predictor, own_actions) / num_own
         reverse_loss = summed_cross_entropy(logits.reverse_model, pair_actions) / num_pairs
@@ -632,7 +655,7 @@ def update_graph_models(models, optimizer, obs, avail, active, actions, pair_chu
         metrics["action_predictor_accuracy"] += hits(logits.action_predictor, own_actions) / num_own
         metrics["reverse_model_loss"] += reverse_loss.detach()
         metrics["reverse_model_accuracy"] += hits(logits.reverse_model, pair_actions) / num_pairs
-    norm = nn.utils.clip_grad_norm_(models.parameters(), torch.inf)
+    norm = nn.utils.clip_grad_norm_(graph_models.parameters(), torch.inf)
     if not norm.isfinite():
         losses = ", ".join(f"{name} is {value:g}" for name, value in metrics.items() if name.endswith("_loss"))
         raise UserError(f"{losses} and the norm of their gradient {norm.item()}")
@@ -644,8 +667,8 @@ def update_graph_models(models, optimizer, obs, avail, active, actions, pair_chu
 def gae(rewards, values, terminated, alive, gamma, gae_lambda):
     """Every agent's own generalized advantage estimate (Schulman et al. 2016) over whole, padded episodes.
 
-    rewards (T, E, N), values (T+1, E, N), terminated and alive (T, E) bool -> (T, E, N), 0 in the padding. An episode
-    that ends without `terminated` bootstraps from the value after its last step.
+    rewards (T, E, N), values (T+1, E, N), terminated and alive (T, E) bool -> (T, E, N), 0 in the padding.
+    An episode that ends without `terminated` bootstraps from the value after its last step.
     """
     advantages = torch.zeros_like(rewards)
     last_advantage = torch.zeros_like(rewards[0])  # (E, N)
@@ -660,39 +683,47 @@ def gae(rewards, values, terminated, alive, gamma, gae_lambda):
 
 
 def meeting_times(graph, alive):
-    """First time m >= t at which something that i did at t can have reached j, along edges of t, t+1, ..., m.
+    """First m >= t at which the effect of i's action at t can have reached j, along edges of t, t+1, ..., m.
 
-    graph (T, E, N, N) bool, alive (T, E) bool -> (T, E, N_i, N_j) float, inf if the episode ends before. One backward
-    sweep: an edge i -> j at t gives m_t[i, j] = t, otherwise m_t[i, j] = min over k with an edge i -> k of m_t+1[k, j].
+        m_t[i, j] = t                                              if there is an edge i -> j at t
+        m_t[i, j] = min over k with an edge i -> k of m_t+1[k, j]  otherwise (k = i: wait)
+
+    graph (T, E, N, N) bool, alive (T, E) bool -> (T, E, N_i, N_j) float, inf if the episode ends before.
     """
     T, E, N, _ = graph.shape
     eye = torch.eye(N, dtype=torch.bool, device=graph.device)
     edges = (graph | eye) & alive[..., None, None]
     times = torch.empty(edges.shape, device=graph.device)
-    following = torch.full((E, N, N), torch.inf, device=graph.device)  # m_t+1[k, j]
+    next_times = torch.full((E, N, N), torch.inf, device=graph.device)  # m_t+1[k, j]
     for t in reversed(range(T)):
-        following.diagonal(dim1=-2, dim2=-1).fill_(t)  # via k = j: an edge i -> j now
-        through_k = torch.where(edges[t].unsqueeze(-1), following.unsqueeze(-3), torch.inf)  # (E, N_i, N_k, N_j)
-        following = through_k.amin(-2)
-        times[t] = following
+        next_times.diagonal(dim1=-2, dim2=-1).fill_(t)  # an edge i -> j, with k = j, gives t itself
+        # (E, N_i, N_k, N_j)
+        through_k = torch.where(edges[t].unsqueeze(-1), next_times.unsqueeze(-3), torch.inf)
+        next_times = through_k.amin(-2)
+        times[t] = next_times
     return times
 
 
 def multi_agent_gae(rewards, values, terminated, alive, graph, gamma, gae_lambda, soft=True):
-    """Advantage of agent i: the TD errors of every agent j, counted from the first meeting time of i and j.
+    """Advantage of agent i: every agent j's TD errors delta^j from the first meeting m = m_t[i, j] on.
 
-        hard: A^i_t = sum_j (gamma lambda)^(m - t) GAE^j_m with m = m_t[i, j], 0 if they never meet
-        soft: (1 - lambda) sum_j GAE^j_t + lambda * hard
+        A^i_t = sum_j sum_{l >= t} (gamma lambda)^(l - t) w_l delta^j_l
+        hard: w_l = [l >= m]      soft: w_l = lambda [l >= m] + 1 - lambda
 
-    which equals the paper's double sum over path weights, in O(T). Shapes as in gae and meeting_times -> (T, E, N).
+    With agent j's own GAE^j_t = sum_{l >= t} (gamma lambda)^(l - t) delta^j_l this is
+
+        hard: A^i_t = sum_j (gamma lambda)^(m - t) GAE^j_m, 0 for a j that is never met
+        soft: A^i_t = lambda * hard + (1 - lambda) sum_j GAE^j_t
+
+    Shapes as in gae and meeting_times -> (T, E, N).
     """
     own = gae(rewards, values, terminated, alive, gamma, gae_lambda)  # (T, E, N)
     meeting = meeting_times(graph, alive)  # (T, E, N_i, N_j)
     never = meeting.isinf()
     now = torch.arange(len(meeting), device=meeting.device).view(-1, 1, 1, 1)
     discount = (gamma * gae_lambda) ** (meeting - now)
-    index = meeting.masked_fill(never, 0).long()
-    at_meeting = own.unsqueeze(2).expand(meeting.shape).gather(0, index)  # GAE^j_m
+    meeting_index = meeting.masked_fill(never, 0).long()  # 0 for never, which is masked below
+    at_meeting = own.unsqueeze(2).expand(meeting.shape).gather(0, meeting_index)  # GAE^j_m
     hard = (discount * at_meeting).masked_fill(never, 0.0).sum(-1)
     if not soft:
         return hard
@@ -740,7 +771,7 @@ def collect(envs, actor, seeds, device, greedy=False, generator=None):
         if greedy:
             actions = all_logprobs.argmax(-1)
         else:
-            # Gumbel-max: log-probabilities plus Gumbel noise, a sample at a third of the cost of Categorical
+            # Gumbel-max: -log of an exponential is Gumbel noise; a third of the cost of Categorical
             exponential = torch.empty_like(all_logprobs).exponential_(generator=generator)
             actions = (all_logprobs - exponential.log()).argmax(-1)
         logprobs = all_logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
@@ -774,16 +805,6 @@ def episode_charts(rollout):
 
 
 # PPO UPDATE
-def gradient_step(optimizer, loss, name, max_grad_norm=torch.inf):
-    """One step of the optimizer; UserError if the loss or its gradient is not finite."""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
-    if not (loss.isfinite() and norm.isfinite()):
-        raise UserError(f"{name} is {loss.item()} and the norm of its gradient {norm.item()}")
-    optimizer.step()
-
-
 def ppo_update(actor, critic, actor_optimizer, critic_optimizer, rollout, advantages, value_targets, args):
     """update_epochs times a critic step, then a policy step, each on the whole batch (Schulman et al. 2017).
 
@@ -804,33 +825,34 @@ def ppo_update(actor, critic, actor_optimizer, critic_optimizer, rollout, advant
         gradient_step(critic_optimizer, value_loss, "value_loss", args.max_grad_norm)
 
         all_logprobs, _ = actor(rollout.obs[:-1], rollout.avail)  # (T, E, N, A)
-        entropy_loss = -(all_logprobs.exp() * all_logprobs).sum(-1)[active].mean()
+        mean_entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)[active].mean()
         logprobs = all_logprobs.gather(-1, rollout.actions.unsqueeze(-1)).squeeze(-1)[active]  # (R)
         logratio = logprobs - old_logprobs
         ratio = logratio.exp()
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         policy_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
-        gradient_step(actor_optimizer, policy_loss - args.ent_coef * entropy_loss, "policy_loss", args.max_grad_norm)
+        loss = policy_loss - args.ent_coef * mean_entropy
+        gradient_step(actor_optimizer, loss, "policy_loss", args.max_grad_norm)
 
         history["value_loss"].append(value_loss.detach())
         history["policy_loss"].append(policy_loss.detach())
-        history["entropy"].append(entropy_loss.detach())
+        history["entropy"].append(mean_entropy.detach())
         history["approx_kl"].append((ratio - 1 - logratio).mean().detach())
         history["clipfrac"].append(((ratio - 1).abs() > args.clip_coef).float().mean())
         history["ratio"].append(ratio.mean().detach())
-    first_ratio = history.pop("ratio")[0]  # must be 1
-    means = {name: torch.stack(values).mean() for name, values in history.items()}
+    first_ratio = history.pop("ratio")[0]  # 1 up to rounding: nothing has changed yet
+    means = {name: torch.stack(epochs).mean() for name, epochs in history.items()}
     return means | {"first_ratio": first_ratio}
 
 
 def explained_variance(values, value_targets):
-    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for one that predicts the mean."""
+    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for one that gives the mean."""
     return 1 - (value_targets - values).var() / value_targets.var()
 
 
 # EVALUATION
 def evaluation_is_due(evaluations, global_step, args):
-    """At the start, whenever global_step has passed a multiple of eval_interval, and at the end."""
+    """True at the start, when global_step has passed a multiple of eval_interval, and at the end."""
     if not evaluations:
         return True
     at_end = global_step >= args.total_timesteps and global_step > evaluations[-1]["global_step"]
@@ -840,11 +862,12 @@ def evaluation_is_due(evaluations, global_step, args):
 def evaluate(envs, actor, args, index, device):
     """Play eval_episodes episodes -> per-agent returns (episodes, N), won (episodes) bool.
 
-    The games depend on args.seed and the index of the evaluation alone: every script plays the same ones.
+    The games depend on args.seed and the evaluation's index alone: all scripts here play the same ones.
     """
     rounds = math.ceil(args.eval_episodes / args.num_envs)  # every environment plays each time
     seeds = np.random.SeedSequence([args.seed, 1, index]).generate_state(rounds * args.num_envs)
-    generator = torch.Generator().manual_seed(int(seeds[0]))  # training's random draws stay as they are
+    # an own generator: none of training's random numbers are used up
+    generator = torch.Generator().manual_seed(int(seeds[0]))
     agent_returns = []
     won = []
     for round_seeds in seeds.reshape(rounds, args.num_envs):
@@ -862,7 +885,8 @@ def evaluation_row(agent_returns, won, global_step, args):
     row = {
         "global_step": global_step,
         "evaluation": index,
-        "nominal_step": args.total_timesteps if at_end else index * args.eval_interval,  # when it was due
+        # when it was due
+        "nominal_step": args.total_timesteps if at_end else index * args.eval_interval,
         "episodic_return": team_returns.mean().item(),
         "episodic_return_std": team_returns.std(correction=0).item(),
         "episodes": len(team_returns),
@@ -873,16 +897,16 @@ def evaluation_row(agent_returns, won, global_step, args):
     return row
 
 
-# RUN FOLDER: what keeps a run from being lost. Skip it on first reading.
+# RUN FOLDER: command line, signals, logs, checkpoints. Skip it on first reading.
 class Stopped(Exception):
     """A stop signal has come: what is half done is dropped, the run is saved and ends."""
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and SIGHUP: the run is saved and ends with status 128 + signal. A second one ends it at once.
+    """Ctrl-C, SIGTERM and SIGHUP: save, then exit with 128 + signal; a second one ends the run at once.
 
-    They cut short what stands under `with stop_signals.raised():`, which changes nothing that is saved. Everything else
-    is finished first.
+    They cut short what stands under `with stop_signals.raised():` and leave no trace of it, since a checkpoint
+    gets the random state of the last whole iteration. Everything else is finished first.
     """
 
     def __init__(self):
@@ -890,14 +914,16 @@ class StopSignals:
         self.received_at = 0.0
         self.raising = False
         signals = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        # Windows has no SIGHUP, nohup ignores it
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signals.append(signal.SIGHUP)
         for signum in signals:
             signal.signal(signum, self.handle)
 
     def handle(self, signum, _):
         if self.received:
-            if time.monotonic() > self.received_at + 1:  # `timeout` and closing terminals send the first one twice
+            # `timeout` and closing terminals send the first one twice
+            if time.monotonic() > self.received_at + 1:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
             return
@@ -919,7 +945,7 @@ class StopSignals:
 
 
 class LastingStream:
-    """stdout or stderr, which may be closed or lose its reader: what nobody reads is dropped and the run goes on."""
+    """stdout or stderr, which may be closed or lose its reader: what nobody reads is dropped."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
@@ -932,7 +958,7 @@ class LastingStream:
             self.stream = open(os.devnull, "w")
 
     def flush(self):
-        pass  # write() has
+        pass  # write() flushes
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -940,7 +966,7 @@ class LastingStream:
 
 @contextlib.contextmanager
 def writing(path):
-    """UserError for a full disk, a folder that is gone or read-only, and the like."""
+    """Turn a full disk, a folder that is gone or read-only, and the like into a UserError."""
     try:
         yield
     except OSError as error:
@@ -948,7 +974,7 @@ def writing(path):
 
 
 def write_atomically(path, data):
-    """Write bytes to a temporary file and rename it: whenever the process is killed, path is whole, old or new."""
+    """Write bytes to a temporary file and rename it: whenever the process dies, path is whole, old or new."""
     temporary = path + ".tmp"
     with writing(path):
         try:
@@ -964,7 +990,7 @@ def write_atomically(path, data):
 
 
 def load_checkpoint(path):
-    """A checkpoint as the dict that save_checkpoint has written; UserError if it is not a whole one of this script."""
+    """A checkpoint as save_checkpoint has written it; UserError if it is not a whole one of this script."""
     if not os.path.exists(path):
         raise UserError(f"--resume: {path} does not exist")
     try:
@@ -994,9 +1020,10 @@ def parse_args():
             path = os.path.join(path, "checkpoint.pt")
         checkpoint = load_checkpoint(path)
         saved = checkpoint["args"]
-        args = tyro.cli(Args, default=Args(**saved))  # what the command line does not give is as it was
+        # what the command line does not give is as it was
+        args = tyro.cli(Args, default=Args(**saved))
         args.resume = path
-        free = {
+        may_change = {
             "resume",
             "save_model",
             "checkpoint_interval",
@@ -1007,7 +1034,7 @@ def parse_args():
         }
         for name, value in vars(args).items():
             longer = name == "total_timesteps" and value >= saved[name]
-            if value != saved[name] and name not in free and not longer:
+            if value != saved[name] and name not in may_change and not longer:
                 raise UserError(f"--resume: {name} is {value} here, {saved[name]} in the checkpoint")
     check_args(args)
     return args, checkpoint
@@ -1016,12 +1043,12 @@ def parse_args():
 def choose_device(args):
     """The GPU if it is asked for and there is one, with deterministic algorithms unless they are switched off."""
     if not args.cuda:
-        return torch.device("cpu")  # what is used here is deterministic on a CPU
+        return torch.device("cpu")
     if not torch.cuda.is_available():
         print(f"{SCRIPT}: CUDA is not available, the CPU is used", file=sys.stderr)
         return torch.device("cpu")
     if args.torch_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(args.torch_deterministic)
     return torch.device("cuda")
 
@@ -1029,8 +1056,9 @@ def choose_device(args):
 def make_run_name(args):
     """A name for a new run's folder; UserError if it cannot be one."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    if not args.exp_name or "/" in args.exp_name or os.sep in args.exp_name or len(os.fsencode(name)) > 255:
-        raise UserError(f"exp_name must be a name for a folder: not empty, no slashes, not too long: {args.exp_name!r}")
+    one_component = args.exp_name and "/" not in args.exp_name and os.sep not in args.exp_name
+    if not one_component or len(os.fsencode(name)) > 255:
+        raise UserError(f"exp_name must name a folder (not empty, no slashes, not too long): {args.exp_name!r}")
     return name
 
 
@@ -1054,9 +1082,9 @@ def start_wandb(args, name):
 
 
 def open_run_folder(run_name, args, checkpoint):
-    """The folder of a new run, or that of the checkpoint, and its file run.json, locked as long as this process lives.
+    """The folder of a new run, or that of the checkpoint, and its file run.json, locked by this process.
 
-    UserError if it cannot be made, another process has it, or it holds another run or a later checkpoint of this one.
+    UserError if it cannot be made, another process has it, or it holds another run or a later checkpoint.
     """
     if checkpoint is None:
         run_dir = os.path.join("runs", run_name)
@@ -1066,7 +1094,7 @@ def open_run_folder(run_name, args, checkpoint):
             except FileExistsError as error:
                 raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
     else:
-        run_dir = os.path.dirname(os.path.realpath(args.resume))  # a link continues its own run
+        run_dir = os.path.dirname(os.path.realpath(args.resume))  # a symlink resumes the run it points to
         check_no_later_checkpoint(run_dir, args, checkpoint)
     path = os.path.join(run_dir, "run.json")
     with writing(path):
@@ -1107,14 +1135,15 @@ def check_no_later_checkpoint(run_dir, args, checkpoint):
 
 
 def open_log(run_dir, args, global_step, resumed):
-    """TensorBoard's writer for a run that stands at global_step; what was logged beyond is dropped."""
+    """TensorBoard's writer for a run that stands at global_step; later points are dropped."""
     with writing(run_dir):
-        # A run's event files are read in the order of their names, which begin with the second of their start. Clocks
-        # may stand still or go back: the earlier files get the seconds 0, 1, 2, ...
+        # A run's event files are read in the order of their names, which begin with the second of their
+        # start. Clocks may stand still or go back: the earlier files get the seconds 0, 1, 2, ...
         earlier = sorted(name for name in os.listdir(run_dir) if name.startswith("events.out.tfevents."))
         for k, name in enumerate(earlier):
             rest = name.removeprefix("events.out.tfevents.").partition(".")[2]
-            os.rename(os.path.join(run_dir, name), os.path.join(run_dir, f"events.out.tfevents.{k:010d}.{rest}"))
+            new_name = f"events.out.tfevents.{k:010d}.{rest}"
+            os.rename(os.path.join(run_dir, name), os.path.join(run_dir, new_name))
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if resumed else None)
         rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(rows))
@@ -1142,7 +1171,8 @@ def log_evaluation(writer, run_dir, evaluations, row):
     """Append the row to the run's evaluations and write them to evaluations.csv and TensorBoard."""
     evaluations.append(row)
     write_evaluations(run_dir, evaluations)
-    metrics = {name: value for name, value in row.items() if name not in ("global_step", "evaluation", "nominal_step")}
+    not_metrics = ("global_step", "evaluation", "nominal_step")
+    metrics = {name: value for name, value in row.items() if name not in not_metrics}
     log_scalars(writer, row["global_step"], {"eval": metrics})
 
 
@@ -1157,10 +1187,11 @@ def set_random_state(random_state):
 
 
 def checkpoint_is_due(saved_step, global_step, args):
-    """After the first iteration and whenever global_step has passed a multiple of checkpoint_interval."""
-    if args.checkpoint_interval == 0 or global_step >= args.total_timesteps:
+    """True after the first iteration and when global_step has passed a multiple of checkpoint_interval."""
+    interval = args.checkpoint_interval
+    if interval == 0 or global_step >= args.total_timesteps:
         return False  # the end has a checkpoint of its own
-    return saved_step is None or global_step // args.checkpoint_interval > saved_step // args.checkpoint_interval
+    return saved_step is None or global_step // interval > saved_step // interval
 
 
 def save_checkpoint(run_dir, run_name, args, trained, random_state, global_step, iteration, evaluations):
@@ -1188,7 +1219,8 @@ def main():
     run_name = checkpoint["run_name"] if checkpoint else make_run_name(args)
     device = choose_device(args)
     torch.set_num_threads(args.num_threads)
-    torch.manual_seed(args.seed)  # PyTorch's CPU generator is the only random stream besides the environments' own
+    # PyTorch's CPU generator is the only random stream besides the environments' own
+    torch.manual_seed(args.seed)
     stop_signals = StopSignals()
 
     envs = make_vector_env(args)
@@ -1198,17 +1230,17 @@ def main():
     A = probe.n_actions
     actor = Actor(D, N, A, args.hidden_dim).to(device)
     critic = Critic(S, N, args.hidden_dim, 1).to(device)
-    models = GraphModels(D, A, args.encoder).to(device)
+    graph_models = GraphModels(D, A, args.encoder).to(device)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "fused": True}
     actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
-    models_optimizer = torch.optim.Adam(models.parameters(), **adam)
+    models_optimizer = torch.optim.Adam(graph_models.parameters(), **adam)
     trained = {
         "actor": actor,
         "actor_optimizer": actor_optimizer,
         "critic": critic,
         "critic_optimizer": critic_optimizer,
-        "models": models,
+        "models": graph_models,
         "models_optimizer": models_optimizer,
     }
     global_step = 0
@@ -1238,9 +1270,11 @@ def main():
     try:
         # EVALUATE the untrained policy, or what a stop signal has kept from being evaluated
         if evaluation_is_due(evaluations, global_step, args):
+            index = global_step // args.eval_interval
             with stop_signals.raised():
-                agent_returns, won = evaluate(envs, actor, args, global_step // args.eval_interval, device)
-            log_evaluation(writer, run_dir, evaluations, evaluation_row(agent_returns, won, global_step, args))
+                agent_returns, won = evaluate(envs, actor, args, index, device)
+            row = evaluation_row(agent_returns, won, global_step, args)
+            log_evaluation(writer, run_dir, evaluations, row)
 
         while global_step < args.total_timesteps:
             # COLLECT
@@ -1253,15 +1287,16 @@ def main():
             global_step += int(alive.sum())
 
             # DEPENDENCE GRAPH, by models trained up to the iteration before
-            graph, graph_charts = dependence_graph(args, models, rollout.obs, rollout.avail, active)  # (T, E, N_i, N_j)
+            # (T, E, N_i, N_j)
+            graph, graph_charts = dependence_graph(args, graph_models, rollout.obs, rollout.avail, active)
 
             # ADVANTAGES
             with torch.no_grad():
                 values = critic(rollout.state)  # (T+1, E, N)
             experience = (rollout.rewards, values, rollout.terminated, alive)
-            # the critic's targets ignore the graph
-            value_targets = gae(*experience, args.gamma, args.gae_lambda) + values[:-1]  # (T, E, N)
-            advantages = multi_agent_gae(*experience, graph, args.gamma, args.gae_lambda, args.soft)  # (T, E, N)
+            # a value is that of the agent's own return: its target ignores the graph
+            value_targets = gae(*experience, args.gamma, args.gae_lambda) + values[:-1]
+            advantages = multi_agent_gae(*experience, graph, args.gamma, args.gae_lambda, args.soft)
 
             # UPDATE POLICY AND CRITIC, THEN THE GRAPH MODELS
             losses = ppo_update(
@@ -1269,26 +1304,30 @@ def main():
             )
             if args.graph == "learned":
                 losses |= update_graph_models(
-                    models, models_optimizer, rollout.obs, rollout.avail, active, rollout.actions, args.pair_chunk
+                    graph_models, models_optimizer, rollout.obs, rollout.avail, active, rollout.actions, args.pair_chunk
                 )
+            losses["explained_variance"] = explained_variance(values[:-1][alive], value_targets[alive])
+            # the iteration is whole: a stop from here on resumes after it
             random_state = get_random_state()
 
             # LOG
-            losses["explained_variance"] = explained_variance(values[:-1][alive], value_targets[alive])
             charts = episode_charts(rollout)
             charts["learning_rate"] = args.learning_rate
             charts["SPS"] = (global_step - start_step) / max(time.time() - start_time, 1e-9)
             graph_charts |= graph_statistics(graph, active)
             log_scalars(writer, global_step, {"charts": charts, "losses": losses, "graph": graph_charts})
             win_rate = evaluations[-1]["win_rate"]
-            bar.set_postfix(won=f"{win_rate:.2f}", edges=f"{graph_charts['density']:.2f}", refresh=False)
+            edges = graph_charts["density"]
+            bar.set_postfix(won=f"{win_rate:.2f}", edges=f"{edges:.2f}", refresh=False)
             bar.update(global_step - bar.n)
 
             # EVALUATE
             if evaluation_is_due(evaluations, global_step, args):
+                index = global_step // args.eval_interval
                 with stop_signals.raised():
-                    agent_returns, won = evaluate(envs, actor, args, global_step // args.eval_interval, device)
-                log_evaluation(writer, run_dir, evaluations, evaluation_row(agent_returns, won, global_step, args))
+                    agent_returns, won = evaluate(envs, actor, args, index, device)
+                row = evaluation_row(agent_returns, won, global_step, args)
+                log_evaluation(writer, run_dir, evaluations, row)
 
             # SAVE
             if checkpoint_is_due(saved_step, global_step, args):
@@ -1300,7 +1339,9 @@ def main():
         bar.close()
         with contextlib.suppress(OSError):
             writer.close()
-        last = "there is no checkpoint" if saved_step is None else f"the last checkpoint is of frame {saved_step}"
+        last = "there is no checkpoint"
+        if saved_step is not None:
+            last = f"the last checkpoint is of frame {saved_step}"
         raise UserError(f"iteration {iteration}: {error}; {last}") from error
 
     if stop_signals.received or args.checkpoint_interval or args.save_model:

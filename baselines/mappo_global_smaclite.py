@@ -71,7 +71,7 @@ class Args:
     seed: int = 1
     """seed of the networks, the environments and every random draw"""
     torch_deterministic: bool = True
-    """on a GPU, use deterministic algorithms only (on a CPU all that is used here is deterministic)"""
+    """use deterministic algorithms on a GPU (a CPU is deterministic anyway)"""
     cuda: bool = False
     """use a GPU (networks this small are faster on a core)"""
     num_threads: int = 1
@@ -85,9 +85,9 @@ class Args:
     save_model: bool = False
     """save a checkpoint at the end, also when --checkpoint-interval is 0"""
     checkpoint_interval: int = 100_000
-    """frames between two checkpoints (0: none but those of --save-model and of an interrupted run)"""
+    """frames between two checkpoints (0: only with --save-model or when interrupted)"""
     resume: str | None = None
-    """a run folder or its checkpoint.pt: continue that run exactly, in its own folder, also beyond --total-timesteps"""
+    """run folder or checkpoint.pt to continue exactly, in place; --total-timesteps may be larger"""
 
     env_id: str = "MMM"
     """any map of SMAClite, or 25m_vs_30m"""
@@ -130,7 +130,7 @@ class UserError(Exception):
 
 
 def check_range(name, value, low, high=math.inf):
-    """Raise UserError unless low <= value <= high (which nan never is)."""
+    """Raise UserError unless low <= value <= high; nan always fails."""
     if not low <= value <= high:
         raise UserError(f"{name} must lie in [{low}, {high}], not {value}")
 
@@ -363,14 +363,14 @@ def end_workers(envs):
 
 # NETWORKS
 class AgentNetwork(nn.Module):
-    """Two hidden layers on [x, one-hot agent id], shared by all agents: x (..., N, in_dim) -> (..., N, out_dim).
+    """Two hidden layers on [x, one-hot agent id], shared by all: x (..., N, in_dim) -> (..., N, out_dim).
 
-    The first is W x + U[agent], so that an x common to all agents, (..., 1, in_dim), is not repeated for each of them.
+    The first layer is W x + U[agent]: an x common to all agents, (..., 1, in_dim), need not be repeated.
     """
 
     def __init__(self, in_dim, num_agents, hidden_dim, out_dim):
         super().__init__()
-        bound = (in_dim + num_agents) ** -0.5  # PyTorch's for a linear layer on [x, one-hot agent id]
+        bound = (in_dim + num_agents) ** -0.5  # of U, as for a linear layer on [x, one-hot agent id]
         self.input = nn.Linear(in_dim, hidden_dim)
         self.agent_id = nn.Parameter(torch.empty(num_agents, hidden_dim).uniform_(-bound, bound))
         self.hidden = nn.Linear(hidden_dim, hidden_dim)
@@ -413,12 +413,22 @@ def mask_logits(logits, avail):
     return logits.masked_fill(~avail, -1e9)
 
 
+def gradient_step(optimizer, loss, name, max_grad_norm=torch.inf):
+    """One step of the optimizer; UserError if the loss or its gradient is not finite."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    if not (loss.isfinite() and norm.isfinite()):
+        raise UserError(f"{name} is {loss.item()} and the norm of its gradient {norm.item()}")
+    optimizer.step()
+
+
 # ADVANTAGES
 def gae(rewards, values, terminated, alive, gamma, gae_lambda):
     """Every agent's own generalized advantage estimate (Schulman et al. 2016) over whole, padded episodes.
 
-    rewards (T, E, N), values (T+1, E, N), terminated and alive (T, E) bool -> (T, E, N), 0 in the padding. An episode
-    that ends without `terminated` bootstraps from the value after its last step.
+    rewards (T, E, N), values (T+1, E, N), terminated and alive (T, E) bool -> (T, E, N), 0 in the padding.
+    An episode that ends without `terminated` bootstraps from the value after its last step.
     """
     advantages = torch.zeros_like(rewards)
     last_advantage = torch.zeros_like(rewards[0])  # (E, N)
@@ -473,7 +483,7 @@ def collect(envs, actor, seeds, device, greedy=False, generator=None):
         if greedy:
             actions = all_logprobs.argmax(-1)
         else:
-            # Gumbel-max: log-probabilities plus Gumbel noise, a sample at a third of the cost of Categorical
+            # Gumbel-max: -log of an exponential is Gumbel noise; a third of the cost of Categorical
             exponential = torch.empty_like(all_logprobs).exponential_(generator=generator)
             actions = (all_logprobs - exponential.log()).argmax(-1)
         logprobs = all_logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
@@ -507,16 +517,6 @@ def episode_charts(rollout):
 
 
 # PPO UPDATE
-def gradient_step(optimizer, loss, name, max_grad_norm=torch.inf):
-    """One step of the optimizer; UserError if the loss or its gradient is not finite."""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
-    if not (loss.isfinite() and norm.isfinite()):
-        raise UserError(f"{name} is {loss.item()} and the norm of its gradient {norm.item()}")
-    optimizer.step()
-
-
 def ppo_update(actor, critic, actor_optimizer, critic_optimizer, rollout, advantages, value_targets, args):
     """update_epochs times a critic step, then a policy step, each on the whole batch (Schulman et al. 2017).
 
@@ -537,33 +537,34 @@ def ppo_update(actor, critic, actor_optimizer, critic_optimizer, rollout, advant
         gradient_step(critic_optimizer, value_loss, "value_loss", args.max_grad_norm)
 
         all_logprobs, _ = actor(rollout.obs[:-1], rollout.avail)  # (T, E, N, A)
-        entropy_loss = -(all_logprobs.exp() * all_logprobs).sum(-1)[active].mean()
+        mean_entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)[active].mean()
         logprobs = all_logprobs.gather(-1, rollout.actions.unsqueeze(-1)).squeeze(-1)[active]  # (R)
         logratio = logprobs - old_logprobs
         ratio = logratio.exp()
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         policy_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
-        gradient_step(actor_optimizer, policy_loss - args.ent_coef * entropy_loss, "policy_loss", args.max_grad_norm)
+        loss = policy_loss - args.ent_coef * mean_entropy
+        gradient_step(actor_optimizer, loss, "policy_loss", args.max_grad_norm)
 
         history["value_loss"].append(value_loss.detach())
         history["policy_loss"].append(policy_loss.detach())
-        history["entropy"].append(entropy_loss.detach())
+        history["entropy"].append(mean_entropy.detach())
         history["approx_kl"].append((ratio - 1 - logratio).mean().detach())
         history["clipfrac"].append(((ratio - 1).abs() > args.clip_coef).float().mean())
         history["ratio"].append(ratio.mean().detach())
-    first_ratio = history.pop("ratio")[0]  # must be 1
-    means = {name: torch.stack(values).mean() for name, values in history.items()}
+    first_ratio = history.pop("ratio")[0]  # 1 up to rounding: nothing has changed yet
+    means = {name: torch.stack(epochs).mean() for name, epochs in history.items()}
     return means | {"first_ratio": first_ratio}
 
 
 def explained_variance(values, value_targets):
-    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for one that predicts the mean."""
+    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for one that gives the mean."""
     return 1 - (value_targets - values).var() / value_targets.var()
 
 
 # EVALUATION
 def evaluation_is_due(evaluations, global_step, args):
-    """At the start, whenever global_step has passed a multiple of eval_interval, and at the end."""
+    """True at the start, when global_step has passed a multiple of eval_interval, and at the end."""
     if not evaluations:
         return True
     at_end = global_step >= args.total_timesteps and global_step > evaluations[-1]["global_step"]
@@ -573,11 +574,12 @@ def evaluation_is_due(evaluations, global_step, args):
 def evaluate(envs, actor, args, index, device):
     """Play eval_episodes episodes -> per-agent returns (episodes, N), won (episodes) bool.
 
-    The games depend on args.seed and the index of the evaluation alone: every script plays the same ones.
+    The games depend on args.seed and the evaluation's index alone: all scripts here play the same ones.
     """
     rounds = math.ceil(args.eval_episodes / args.num_envs)  # every environment plays each time
     seeds = np.random.SeedSequence([args.seed, 1, index]).generate_state(rounds * args.num_envs)
-    generator = torch.Generator().manual_seed(int(seeds[0]))  # training's random draws stay as they are
+    # an own generator: none of training's random numbers are used up
+    generator = torch.Generator().manual_seed(int(seeds[0]))
     agent_returns = []
     won = []
     for round_seeds in seeds.reshape(rounds, args.num_envs):
@@ -595,7 +597,8 @@ def evaluation_row(agent_returns, won, global_step, args):
     row = {
         "global_step": global_step,
         "evaluation": index,
-        "nominal_step": args.total_timesteps if at_end else index * args.eval_interval,  # when it was due
+        # when it was due
+        "nominal_step": args.total_timesteps if at_end else index * args.eval_interval,
         "episodic_return": team_returns.mean().item(),
         "episodic_return_std": team_returns.std(correction=0).item(),
         "episodes": len(team_returns),
@@ -606,16 +609,16 @@ def evaluation_row(agent_returns, won, global_step, args):
     return row
 
 
-# RUN FOLDER: what keeps a run from being lost. Skip it on first reading.
+# RUN FOLDER: command line, signals, logs, checkpoints. Skip it on first reading.
 class Stopped(Exception):
     """A stop signal has come: what is half done is dropped, the run is saved and ends."""
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and SIGHUP: the run is saved and ends with status 128 + signal. A second one ends it at once.
+    """Ctrl-C, SIGTERM and SIGHUP: save, then exit with 128 + signal; a second one ends the run at once.
 
-    They cut short what stands under `with stop_signals.raised():`, which changes nothing that is saved. Everything else
-    is finished first.
+    They cut short what stands under `with stop_signals.raised():` and leave no trace of it, since a checkpoint
+    gets the random state of the last whole iteration. Everything else is finished first.
     """
 
     def __init__(self):
@@ -623,14 +626,16 @@ class StopSignals:
         self.received_at = 0.0
         self.raising = False
         signals = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        # Windows has no SIGHUP, nohup ignores it
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signals.append(signal.SIGHUP)
         for signum in signals:
             signal.signal(signum, self.handle)
 
     def handle(self, signum, _):
         if self.received:
-            if time.monotonic() > self.received_at + 1:  # `timeout` and closing terminals send the first one twice
+            # `timeout` and closing terminals send the first one twice
+            if time.monotonic() > self.received_at + 1:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
             return
@@ -652,7 +657,7 @@ class StopSignals:
 
 
 class LastingStream:
-    """stdout or stderr, which may be closed or lose its reader: what nobody reads is dropped and the run goes on."""
+    """stdout or stderr, which may be closed or lose its reader: what nobody reads is dropped."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
@@ -665,7 +670,7 @@ class LastingStream:
             self.stream = open(os.devnull, "w")
 
     def flush(self):
-        pass  # write() has
+        pass  # write() flushes
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -673,7 +678,7 @@ class LastingStream:
 
 @contextlib.contextmanager
 def writing(path):
-    """UserError for a full disk, a folder that is gone or read-only, and the like."""
+    """Turn a full disk, a folder that is gone or read-only, and the like into a UserError."""
     try:
         yield
     except OSError as error:
@@ -681,7 +686,7 @@ def writing(path):
 
 
 def write_atomically(path, data):
-    """Write bytes to a temporary file and rename it: whenever the process is killed, path is whole, old or new."""
+    """Write bytes to a temporary file and rename it: whenever the process dies, path is whole, old or new."""
     temporary = path + ".tmp"
     with writing(path):
         try:
@@ -697,7 +702,7 @@ def write_atomically(path, data):
 
 
 def load_checkpoint(path):
-    """A checkpoint as the dict that save_checkpoint has written; UserError if it is not a whole one of this script."""
+    """A checkpoint as save_checkpoint has written it; UserError if it is not a whole one of this script."""
     if not os.path.exists(path):
         raise UserError(f"--resume: {path} does not exist")
     try:
@@ -727,9 +732,10 @@ def parse_args():
             path = os.path.join(path, "checkpoint.pt")
         checkpoint = load_checkpoint(path)
         saved = checkpoint["args"]
-        args = tyro.cli(Args, default=Args(**saved))  # what the command line does not give is as it was
+        # what the command line does not give is as it was
+        args = tyro.cli(Args, default=Args(**saved))
         args.resume = path
-        free = {
+        may_change = {
             "resume",
             "save_model",
             "checkpoint_interval",
@@ -740,7 +746,7 @@ def parse_args():
         }
         for name, value in vars(args).items():
             longer = name == "total_timesteps" and value >= saved[name]
-            if value != saved[name] and name not in free and not longer:
+            if value != saved[name] and name not in may_change and not longer:
                 raise UserError(f"--resume: {name} is {value} here, {saved[name]} in the checkpoint")
     check_args(args)
     return args, checkpoint
@@ -749,12 +755,12 @@ def parse_args():
 def choose_device(args):
     """The GPU if it is asked for and there is one, with deterministic algorithms unless they are switched off."""
     if not args.cuda:
-        return torch.device("cpu")  # what is used here is deterministic on a CPU
+        return torch.device("cpu")
     if not torch.cuda.is_available():
         print(f"{SCRIPT}: CUDA is not available, the CPU is used", file=sys.stderr)
         return torch.device("cpu")
     if args.torch_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(args.torch_deterministic)
     return torch.device("cuda")
 
@@ -762,8 +768,9 @@ def choose_device(args):
 def make_run_name(args):
     """A name for a new run's folder; UserError if it cannot be one."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    if not args.exp_name or "/" in args.exp_name or os.sep in args.exp_name or len(os.fsencode(name)) > 255:
-        raise UserError(f"exp_name must be a name for a folder: not empty, no slashes, not too long: {args.exp_name!r}")
+    one_component = args.exp_name and "/" not in args.exp_name and os.sep not in args.exp_name
+    if not one_component or len(os.fsencode(name)) > 255:
+        raise UserError(f"exp_name must name a folder (not empty, no slashes, not too long): {args.exp_name!r}")
     return name
 
 
@@ -787,9 +794,9 @@ def start_wandb(args, name):
 
 
 def open_run_folder(run_name, args, checkpoint):
-    """The folder of a new run, or that of the checkpoint, and its file run.json, locked as long as this process lives.
+    """The folder of a new run, or that of the checkpoint, and its file run.json, locked by this process.
 
-    UserError if it cannot be made, another process has it, or it holds another run or a later checkpoint of this one.
+    UserError if it cannot be made, another process has it, or it holds another run or a later checkpoint.
     """
     if checkpoint is None:
         run_dir = os.path.join("runs", run_name)
@@ -799,7 +806,7 @@ def open_run_folder(run_name, args, checkpoint):
             except FileExistsError as error:
                 raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
     else:
-        run_dir = os.path.dirname(os.path.realpath(args.resume))  # a link continues its own run
+        run_dir = os.path.dirname(os.path.realpath(args.resume))  # a symlink resumes the run it points to
         check_no_later_checkpoint(run_dir, args, checkpoint)
     path = os.path.join(run_dir, "run.json")
     with writing(path):
@@ -840,14 +847,15 @@ def check_no_later_checkpoint(run_dir, args, checkpoint):
 
 
 def open_log(run_dir, args, global_step, resumed):
-    """TensorBoard's writer for a run that stands at global_step; what was logged beyond is dropped."""
+    """TensorBoard's writer for a run that stands at global_step; later points are dropped."""
     with writing(run_dir):
-        # A run's event files are read in the order of their names, which begin with the second of their start. Clocks
-        # may stand still or go back: the earlier files get the seconds 0, 1, 2, ...
+        # A run's event files are read in the order of their names, which begin with the second of their
+        # start. Clocks may stand still or go back: the earlier files get the seconds 0, 1, 2, ...
         earlier = sorted(name for name in os.listdir(run_dir) if name.startswith("events.out.tfevents."))
         for k, name in enumerate(earlier):
             rest = name.removeprefix("events.out.tfevents.").partition(".")[2]
-            os.rename(os.path.join(run_dir, name), os.path.join(run_dir, f"events.out.tfevents.{k:010d}.{rest}"))
+            new_name = f"events.out.tfevents.{k:010d}.{rest}"
+            os.rename(os.path.join(run_dir, name), os.path.join(run_dir, new_name))
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if resumed else None)
         rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(rows))
@@ -875,7 +883,8 @@ def log_evaluation(writer, run_dir, evaluations, row):
     """Append the row to the run's evaluations and write them to evaluations.csv and TensorBoard."""
     evaluations.append(row)
     write_evaluations(run_dir, evaluations)
-    metrics = {name: value for name, value in row.items() if name not in ("global_step", "evaluation", "nominal_step")}
+    not_metrics = ("global_step", "evaluation", "nominal_step")
+    metrics = {name: value for name, value in row.items() if name not in not_metrics}
     log_scalars(writer, row["global_step"], {"eval": metrics})
 
 
@@ -890,10 +899,11 @@ def set_random_state(random_state):
 
 
 def checkpoint_is_due(saved_step, global_step, args):
-    """After the first iteration and whenever global_step has passed a multiple of checkpoint_interval."""
-    if args.checkpoint_interval == 0 or global_step >= args.total_timesteps:
+    """True after the first iteration and when global_step has passed a multiple of checkpoint_interval."""
+    interval = args.checkpoint_interval
+    if interval == 0 or global_step >= args.total_timesteps:
         return False  # the end has a checkpoint of its own
-    return saved_step is None or global_step // args.checkpoint_interval > saved_step // args.checkpoint_interval
+    return saved_step is None or global_step // interval > saved_step // interval
 
 
 def save_checkpoint(run_dir, run_name, args, trained, random_state, global_step, iteration, evaluations):
@@ -920,7 +930,8 @@ def main():
     run_name = checkpoint["run_name"] if checkpoint else make_run_name(args)
     device = choose_device(args)
     torch.set_num_threads(args.num_threads)
-    torch.manual_seed(args.seed)  # PyTorch's CPU generator is the only random stream besides the environments' own
+    # PyTorch's CPU generator is the only random stream besides the environments' own
+    torch.manual_seed(args.seed)
     stop_signals = StopSignals()
 
     envs = make_vector_env(args)
@@ -966,9 +977,11 @@ def main():
     try:
         # EVALUATE the untrained policy, or what a stop signal has kept from being evaluated
         if evaluation_is_due(evaluations, global_step, args):
+            index = global_step // args.eval_interval
             with stop_signals.raised():
-                agent_returns, won = evaluate(envs, actor, args, global_step // args.eval_interval, device)
-            log_evaluation(writer, run_dir, evaluations, evaluation_row(agent_returns, won, global_step, args))
+                agent_returns, won = evaluate(envs, actor, args, index, device)
+            row = evaluation_row(agent_returns, won, global_step, args)
+            log_evaluation(writer, run_dir, evaluations, row)
 
         while global_step < args.total_timesteps:
             # COLLECT
@@ -992,10 +1005,11 @@ def main():
             losses = ppo_update(
                 actor, critic, actor_optimizer, critic_optimizer, rollout, advantages, value_targets, args
             )
+            losses["explained_variance"] = explained_variance(values[:-1][alive], value_targets[alive])
+            # the iteration is whole: a stop from here on resumes after it
             random_state = get_random_state()
 
             # LOG
-            losses["explained_variance"] = explained_variance(values[:-1][alive], value_targets[alive])
             charts = episode_charts(rollout)
             charts["learning_rate"] = args.learning_rate
             charts["SPS"] = (global_step - start_step) / max(time.time() - start_time, 1e-9)
@@ -1006,9 +1020,11 @@ def main():
 
             # EVALUATE
             if evaluation_is_due(evaluations, global_step, args):
+                index = global_step // args.eval_interval
                 with stop_signals.raised():
-                    agent_returns, won = evaluate(envs, actor, args, global_step // args.eval_interval, device)
-                log_evaluation(writer, run_dir, evaluations, evaluation_row(agent_returns, won, global_step, args))
+                    agent_returns, won = evaluate(envs, actor, args, index, device)
+                row = evaluation_row(agent_returns, won, global_step, args)
+                log_evaluation(writer, run_dir, evaluations, row)
 
             # SAVE
             if checkpoint_is_due(saved_step, global_step, args):
@@ -1020,7 +1036,9 @@ def main():
         bar.close()
         with contextlib.suppress(OSError):
             writer.close()
-        last = "there is no checkpoint" if saved_step is None else f"the last checkpoint is of frame {saved_step}"
+        last = "there is no checkpoint"
+        if saved_step is not None:
+            last = f"the last checkpoint is of frame {saved_step}"
         raise UserError(f"iteration {iteration}: {error}; {last}") from error
 
     if stop_signals.received or args.checkpoint_interval or args.save_model:

@@ -62,7 +62,7 @@ def update(module, data, **changes):
     args = SimpleNamespace(norm_adv=False, update_epochs=1, clip_coef=0.2, ent_coef=0.0, max_grad_norm=10.0)
     vars(args).update(changes)
     optimizers = [torch.optim.Adam(network.parameters(), lr=1e-2) for network in (policy, critic)]
-    metrics = module.ppo_update(policy, lambda obs: critic(obs).squeeze(-1), *optimizers, *batch, args)
+    metrics = module.ppo_update(policy, lambda obs: critic(obs).squeeze(-1), *optimizers, module.Batch(*batch), args)
     return {name: float(value) for name, value in metrics.items()}, policy.state_dict()
 
 
@@ -127,7 +127,7 @@ def step_lengths(module, data, max_grad_norm):
     networks = copy.deepcopy(actor), critic
     before = [nn.utils.parameters_to_vector(network.parameters()).detach().clone() for network in networks]
     optimizers = [torch.optim.SGD(network.parameters(), lr=1.0) for network in networks]
-    module.ppo_update(networks[0], lambda obs: critic(obs).squeeze(-1), *optimizers, *batch, args)
+    module.ppo_update(networks[0], lambda obs: critic(obs).squeeze(-1), *optimizers, module.Batch(*batch), args)
     after = [nn.utils.parameters_to_vector(network.parameters()).detach() for network in networks]
     return [(a - b).norm().item() for a, b in zip(before, after)]
 

@@ -177,11 +177,11 @@ def test_what_the_update_learns_from(lbf_script, options, tmp_path, monkeypatch)
         rewards = rewards.sum(-1, keepdim=True).expand_as(rewards) if "global" in lbf_script else rewards
         own = module.gae(rewards, values, terminated, alive, *discounts)
         advantages = own.sum(-1, keepdim=True).expand_as(own) if dg else own
-        for name, expected in (("obs", obs[:-1]), ("actions", actions), ("old_logprobs", logprobs)):
-            assert torch.equal(getattr(update, name), expected[alive]), name
-        torch.testing.assert_close(update.value_targets, (own + values[:-1])[alive])
-        torch.testing.assert_close(update.advantages, advantages[alive], rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(update.advantages, update.value_targets)
+        for name, expected in (("obs", obs[:-1]), ("actions", actions), ("logprobs", logprobs)):
+            assert torch.equal(getattr(update.batch, name), expected[alive]), name
+        torch.testing.assert_close(update.batch.value_targets, (own + values[:-1])[alive])
+        torch.testing.assert_close(update.batch.advantages, advantages[alive], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(update.batch.advantages, update.batch.value_targets)
 
 
 def test_explained_variance_is_that_of_the_values_before_the_update(lbf_script, tmp_path, monkeypatch):
@@ -191,8 +191,8 @@ def test_explained_variance_is_that_of_the_values_before_the_update(lbf_script, 
     expected = []
     for update in updates:
         with torch.no_grad():
-            unexplained = (update.value_targets - update.critic(update.obs)).double()
-        expected.append(1 - (unexplained.var() / update.value_targets.double().var()).item())
+            unexplained = (update.batch.value_targets - update.critic(update.batch.obs)).double()
+        expected.append(1 - (unexplained.var() / update.batch.value_targets.double().var()).item())
     assert logged(folder, "losses/explained_variance") == pytest.approx(expected, rel=1e-3, abs=1e-3)
     assert any(abs(value) > 0.05 for value in expected)
 

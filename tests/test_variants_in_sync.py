@@ -12,14 +12,14 @@ import pytest
 from conftest import BASELINES, DG_SCRIPTS, LBF_SCRIPTS, ROOT
 
 # Lines that `diff` marks with < or >: what a reader of the diff has to read.
-MAX_DIFF_DG_TO_LOCAL = 290
+MAX_DIFF_DG_TO_LOCAL = 340
 MAX_DIFF_LOCAL_TO_GLOBAL = 14
 MAX_DIFF_MAPPO_TO_IPPO = 16
 
 # The SMAClite scripts, each with the LBF script that it follows.
 FOLLOWS = {"mappo_dg_smaclite.py": "mappo_dg_lbf.py"}
 FOLLOWS |= {f"baselines/mappo_{r}_smaclite.py": f"baselines/mappo_{r}_lbf.py" for r in ("local", "global")}
-MAX_DIFF_DG_TO_LOCAL_SMACLITE = 320
+MAX_DIFF_DG_TO_LOCAL_SMACLITE = 340
 
 # What two scripts may write differently, and why.
 ALLOWED = {
