@@ -31,6 +31,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections import defaultdict
@@ -138,6 +139,8 @@ class UserError(Exception):
 
 def check_range(name, value, low, high=math.inf):
     """Raise UserError unless low <= value <= high; nan always fails."""
+    if isinstance(value, int):
+        high = min(high, 2**64 - 1)  # what no machine takes
     if not low <= value <= high:
         raise UserError(f"{name} must lie in [{low}, {high}], not {value}")
 
@@ -777,7 +780,7 @@ def evaluation_row(agent_returns, global_step, args):
 
 
 # RUN FOLDER: command line, signals, logs, checkpoints. Skip it on first reading.
-class Stopped(Exception):
+class Stopped(BaseException):
     """A stop signal has come: what is half done is dropped, the run is saved and ends."""
 
 
@@ -828,6 +831,8 @@ class LastingStream:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
 
     def write(self, text):
         try:
@@ -848,8 +853,8 @@ def writing(path):
     """Turn a full disk, a folder that is gone or read-only, and the like into a UserError."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write_atomically(path, data):
@@ -868,8 +873,8 @@ def write_atomically(path, data):
             raise
 
 
-def load_checkpoint(path):
-    """A checkpoint as save_checkpoint has written it; UserError if it is not a whole one of this script."""
+def read_checkpoint(path):
+    """A checkpoint of any script and version as a dict; UserError if it is missing or damaged."""
     if not os.path.exists(path):
         raise UserError(f"--resume: {path} does not exist")
     try:
@@ -880,12 +885,21 @@ def load_checkpoint(path):
             raise zipfile.BadZipFile(damaged)
         data.seek(0)
         checkpoint = dict(torch.load(data, map_location="cpu", weights_only=True))
-        script = checkpoint["script"]
-        settings = set(checkpoint["args"])
+        checkpoint["args"] = dict(checkpoint["args"])
+        checkpoint["script"] = str(checkpoint["script"])
     except Exception as error:
         raise UserError(f"--resume: {path} is not a whole checkpoint ({type(error).__name__})") from error
-    if script != SCRIPT or settings != set(vars(Args())):
-        raise UserError(f"--resume: {path} was written by {script}.py or by another version of it")
+    return checkpoint
+
+
+def load_checkpoint(path):
+    """A checkpoint as save_checkpoint has written it; UserError if another script or version has, or it is damaged."""
+    checkpoint = read_checkpoint(path)
+    keys = {"run_name", "global_step", "iteration", "evaluations", "torch_rng"}
+    keys |= {"actor", "actor_optimizer", "critic", "critic_optimizer"}
+    same_version = keys <= checkpoint.keys() and checkpoint["args"].keys() == vars(Args()).keys()
+    if checkpoint["script"] != SCRIPT or not same_version:
+        raise UserError(f"--resume: {path} was written by {checkpoint['script']}.py or by another version of it")
     return checkpoint
 
 
@@ -936,7 +950,7 @@ def make_run_name(args):
     """A name for a new run's folder; UserError if it cannot be one."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     one_component = args.exp_name and "/" not in args.exp_name and os.sep not in args.exp_name
-    if not one_component or len(os.fsencode(name)) > 255:
+    if not one_component or not name.isprintable() or len(name.encode()) > 255:
         raise UserError(f"exp_name must name a folder (not empty, no slashes, not too long): {args.exp_name!r}")
     return name
 
@@ -946,7 +960,8 @@ def start_wandb(args, name):
     try:
         import wandb
     except ImportError as error:
-        raise UserError(f"--track needs Weights and Biases: pip install wandb ({error})") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"--track needs Weights and Biases: pip install wandb ({reason})") from error
     try:
         wandb.init(
             project=args.wandb_project_name,
@@ -967,22 +982,25 @@ def open_run_folder(run_name, args, checkpoint):
     """
     if checkpoint is None:
         run_dir = os.path.join("runs", run_name)
-        with writing(run_dir):
-            try:
-                os.makedirs(run_dir)
-            except FileExistsError as error:
-                raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
     else:
         run_dir = os.path.dirname(os.path.realpath(args.resume))  # a symlink resumes the run it points to
-        check_no_later_checkpoint(run_dir, args, checkpoint)
+        check_newest_checkpoint(run_dir, args, checkpoint)
+    with writing(run_dir):
+        os.path.abspath(run_dir).encode()  # TensorBoard takes no other paths
+        try:
+            os.makedirs(run_dir, exist_ok=checkpoint is not None)
+        except FileExistsError as error:
+            raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
     path = os.path.join(run_dir, "run.json")
     with writing(path):
         run_file = open(path, "a+", encoding="utf-8")
     if os.name == "posix":
         try:
             fcntl.lockf(run_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise UserError(f"another process is at the run {run_dir}") from error
+        except OSError:
+            pass  # a file system without locks
     run_file.seek(0)
     try:
         owner = json.load(run_file)["run_name"]
@@ -994,23 +1012,31 @@ def open_run_folder(run_name, args, checkpoint):
             run_file.flush()
     if owner != run_name:
         raise UserError(f"--resume: {args.resume} is a checkpoint of {run_name}, its folder is that of {owner}")
+    if checkpoint is not None:
+        check_newest_checkpoint(run_dir, args, checkpoint)  # again: another process may have gone on meanwhile
     return run_dir, run_file
 
 
-def check_no_later_checkpoint(run_dir, args, checkpoint):
-    """UserError if --resume names an older copy of a checkpoint: its run would be cut back."""
+def check_newest_checkpoint(run_dir, args, checkpoint):
+    """UserError if checkpoint.pt is another run's or later than the one resumed: nothing must be cut back."""
     newest = os.path.join(run_dir, "checkpoint.pt")
-    if not os.path.exists(newest) or os.path.samefile(newest, args.resume):
-        return
     try:
-        later_step = load_checkpoint(newest)["global_step"]
+        other = read_checkpoint(newest)
     except UserError:
-        return  # a damaged one must not keep an older copy from being resumed
-    if later_step > checkpoint["global_step"]:
+        return  # a lost or damaged one must not keep an older copy from being resumed
+    if other.get("run_name") != checkpoint["run_name"]:
+        raise UserError(f"--resume: {args.resume} and {newest} are checkpoints of two different runs")
+    if other["global_step"] > checkpoint["global_step"]:
         raise UserError(
-            f"--resume: {args.resume} is of frame {checkpoint['global_step']}, {newest} of frame {later_step}: "
-            "resume that one, or put the older one into a folder of its own"
+            f"--resume: {args.resume} is of frame {checkpoint['global_step']}, {newest} of frame "
+            f"{other['global_step']}: resume that one, or put the older one into a folder of its own"
         )
+
+
+def ignore_os_errors(failure):
+    """An exception hook of threads, without the traceback where the disk is full."""
+    if not issubclass(failure.exc_type, OSError):
+        sys.excepthook(failure.exc_type, failure.exc_value, failure.exc_traceback)
 
 
 def open_log(run_dir, args, global_step, resumed):
@@ -1023,6 +1049,8 @@ def open_log(run_dir, args, global_step, resumed):
             rest = name.removeprefix("events.out.tfevents.").partition(".")[2]
             new_name = f"events.out.tfevents.{k:010d}.{rest}"
             os.rename(os.path.join(run_dir, name), os.path.join(run_dir, new_name))
+        # a full disk in TensorBoard's own thread: the next log_scalars says so in one sentence
+        threading.excepthook = ignore_os_errors
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if resumed else None)
         rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(rows))
@@ -1091,6 +1119,16 @@ def save_checkpoint(run_dir, run_name, args, trained, random_state, global_step,
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write_atomically(os.path.join(run_dir, "checkpoint.pt"), buffer.getvalue())
+
+
+def failure(error, writer, iteration, saved_step):
+    """The UserError that ends a run in training: when it came, and what there is to resume from."""
+    with contextlib.suppress(OSError):
+        writer.close()
+    last = "there is no checkpoint"
+    if saved_step is not None:
+        last = f"the last checkpoint is of frame {saved_step}"
+    return UserError(f"iteration {iteration}: {error}; {last}")
 
 
 def main():
@@ -1222,15 +1260,14 @@ def main():
         pass  # saved below
     except UserError as error:
         bar.close()
-        with contextlib.suppress(OSError):
-            writer.close()
-        last = "there is no checkpoint"
-        if saved_step is not None:
-            last = f"the last checkpoint is of frame {saved_step}"
-        raise UserError(f"iteration {iteration}: {error}; {last}") from error
+        raise failure(error, writer, iteration, saved_step) from error
 
     if stop_signals.received or args.checkpoint_interval or args.save_model:
-        save_checkpoint(run_dir, run_name, args, trained, random_state, global_step, iteration, evaluations)
+        try:
+            save_checkpoint(run_dir, run_name, args, trained, random_state, global_step, iteration, evaluations)
+        except UserError as error:
+            bar.close()
+            raise failure(error, writer, iteration, saved_step) from error
     bar.close()
     with writing(run_dir):
         writer.close()

@@ -1,4 +1,4 @@
-"""Faults of the run folder that were found by trying: each of these fails until the scripts are mended."""
+"""Faults of the run folder that were once found by trying, from stale resumes to disks that fill at the very end."""
 
 import errno
 import os
