@@ -244,6 +244,15 @@ def test_a_loss_that_is_not_finite(lbf_script, value, tmp_path, monkeypatch):
     assert run_inside(lbf_script, "--resume", folder / "checkpoint.pt", cwd=tmp_path).returncode == 0
 
 
+def test_a_gradient_that_is_not_finite(lbf_script):
+    """The loss is 0, its slope is infinite: no step is made."""
+    module, weight = load(lbf_script), torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with pytest.raises(module.UserError, match="^some_loss is 0.0 and the norm of its gradient (inf|nan)$"):
+        module.gradient_step(optimizer, weight.sqrt().sum(), "some_loss", 10.0)
+    assert weight.item() == 0
+
+
 def test_every_loss_is_named(dg_script, tmp_path, monkeypatch):
     """Advantages spoil the policy's loss, latents the losses of the graph models."""
     module = load(dg_script)

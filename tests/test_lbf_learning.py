@@ -118,6 +118,30 @@ def test_ppo_raises_the_probability_of_good_actions(ppo_data):
     assert actor(obs).softmax(-1)[..., 5].mean() > before + 0.1
 
 
+def test_the_entropy_bonus_raises_the_entropy(ppo_data):
+    """Without advantages, from a policy that prefers some actions."""
+    module, (actor, batch) = ppo_data
+    actor.output.weight.data.mul_(20)
+    obs, nothing = batch[0], torch.zeros_like(batch[3])
+    entropy = lambda: torch.distributions.Categorical(logits=actor(obs)).entropy().mean().item()  # noqa: E731
+    before, logprobs = entropy(), actor(obs).log_softmax(-1).gather(-1, batch[1].unsqueeze(-1)).squeeze(-1).detach()
+    data = actor, [obs, batch[1], logprobs, nothing, nothing]
+    for ent_coef, rise in ((1.0, 0.1), (0.0, 0.0)):
+        _, weights = update(module, data, ent_coef=ent_coef, update_epochs=10)
+        start = copy.deepcopy(actor.state_dict())
+        actor.load_state_dict(weights)
+        assert entropy() > before + rise if ent_coef else entropy() == before
+        actor.load_state_dict(start)
+
+
+def test_the_second_step_forgets_the_first_gradient(lbf_script):
+    module, weight = load(lbf_script), nn.Parameter(torch.tensor([2.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    for expected in (-1.0, -4.0, -7.0):
+        module.gradient_step(optimizer, 3 * weight.sum(), "loss")
+        assert weight.item() == expected
+
+
 def step_lengths(module, data, max_grad_norm):
     """How far one epoch of plain gradient descent moves the weights of policy and critic: the gradients' norms."""
     actor, batch = data
