@@ -1,12 +1,13 @@
 """Hand-made faults ("mutants") of the LBF scripts, and a runner that shows that the tests find every one of them.
 
-    python tests/mutants.py                  # all of them, some two hours on one core
+    python tests/mutants.py                  # all of them, about an hour on one core
     python tests/mutants.py gae clip         # those whose name has one of the words
     python tests/mutants.py --jobs 4
 
-Each mutant replaces a piece of text that occurs once in each of its scripts by another one. For one script after the
-other the runner does so in a temporary copy of the repository and runs the test that is named as the mutant's killer.
-Where that test passes, the mutant has survived: the exit status is 1, and a test is missing.
+Each mutant replaces a piece of text that occurs once in each of its scripts by another one. In a temporary copy of the
+repository the runner makes that change in all of them, runs the test that is named as the mutant's killer and looks
+whether it fails for each of the scripts. Where it does not, the mutant has survived: the exit status is 1, and a test
+is missing or looks away.
 
 What several scripts share is identical (test_variants_in_sync.py), so a function whose test loads one script alone is
 mutated in that one. CI does not run this, it is too slow; test_mutants.py checks that every text is still found. To
@@ -224,6 +225,9 @@ MUTANTS = [
     Mutant(ALL, "the last ratio is logged as the first", LEARNING + "first_ratio_is_one",
            '"first_ratio": history[0][-1]',
            '"first_ratio": history[-1][-1]'),
+    Mutant(ALL, "the losses of the last epoch are logged", LEARNING + "metrics_are_means_over_the_epochs",
+           "torch.stack(history).mean(0)",
+           "torch.stack(history)[-1]"),
     Mutant(ALL, "advantages are always normalised", LEARNING + "ppo_losses",
            "+ 1e-8) if args.norm_adv else advantages",
            "+ 1e-8)"),
@@ -253,6 +257,9 @@ MUTANTS = [
     Mutant(ONE, "settings of a resume are not compared", INPUT + "resume_with_other_settings",
            "if getattr(args, name) != saved[name] and",
            "if False and"),
+    Mutant(ALL, "the checkpoint interval may not change", INPUT + "resume_with_settings_that_do_not_touch_the_numbers",
+           "save_model checkpoint_interval num_workers",
+           "save_model num_workers"),
     # SET-UP
     Mutant(ALL, "determinism is a dead flag", MAIN + "the_determinism_flag_and_the_threads_reach_pytorch",
            "torch.use_deterministic_algorithms(args.torch_deterministic)",
@@ -267,6 +274,16 @@ MUTANTS = [
            MAIN + "every_evaluation_and_every_training_episode_plays_a_board_of_its_own",
            "envs = [make_env(args.env_id, args.winner_take_all, seed) for seed in seeds]\n    N,",
            "envs = [make_env(args.env_id, args.winner_take_all, seeds[0]) for seed in seeds]\n    N,"),
+    Mutant(ALL, "training boards do not depend on the seed",
+           MAIN + "every_evaluation_and_every_training_episode_plays_a_board_of_its_own",
+           "np.random.SeedSequence(args.seed)",
+           "np.random.SeedSequence(1)"),
+    Mutant(ALL, "the critic's width is fixed", MAIN + "hidden_dim_is_the_width_of_policy_and_critic",
+           "N, args.hidden_dim, 1)",
+           "N, 128, 1)"),
+    Mutant(ALL, "the settings are not logged", MAIN + "the_settings_are_logged",
+           'writer.add_text("hyperparameters", ',
+           'len('),
     Mutant(ALL, "another eps", MAIN + "every_adam_has_the_learning_rate_and_the_eps_of_the_spec",
            '"eps": 1e-5',
            '"eps": 1e-8'),
@@ -312,6 +329,12 @@ MUTANTS = [
            "team, agents = returns.sum(-1)",
            "team, agents = returns.mean(-1)"),
     # SAVE
+    Mutant(ALL, "every iteration is saved", MAIN + "checkpoints_are_written_when_they_are_due",
+           "global_step // every > saved_step // every)",
+           "global_step > saved_step)"),
+    Mutant(ALL, "the end is not saved", MAIN + "checkpoints_are_written_when_they_are_due",
+           "due = every and (finished or",
+           "due = every and ("),
     Mutant(ALL, "--save-model is dead", RUNS + "exp_name_names_the_folder",
            "or finished and args.save_model",
            ""),
@@ -408,55 +431,64 @@ def copy_repository(folder):
     return shutil.copytree(ROOT, Path(folder) / "repository", ignore=left_out)
 
 
-def run_test(repository, test, script):
-    """Run the test, or its part for the script if it has such parts -> whether it passes; RuntimeError if it cannot."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{test}"]
+def failing(repository, *tests):
+    """Run the tests -> the names of those that fail, with their parameters; RuntimeError if they cannot be run."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
+    command += [f"tests/{test}" for test in tests]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    options = {"cwd": repository, "env": environment, "capture_output": True, "text": True, "timeout": 900}
-    for part in (["-k", Path(script).stem], []):
-        try:
-            done = subprocess.run(command + part, **options)
-        except subprocess.TimeoutExpired:
-            return False  # a fault that hangs is found, too
-        if done.returncode != 5:  # no test was selected
-            break
+    options = {"cwd": repository, "env": environment, "capture_output": True, "text": True}
+    try:
+        done = subprocess.run(command, **options, timeout=1800 * len(tests))
+    except subprocess.TimeoutExpired:
+        return list(tests)  # a fault that hangs is found, too
     if done.returncode not in (0, 1):
-        raise RuntimeError(f"{test} on {script}: status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.returncode == 0
+        raise RuntimeError(f"{tests}: status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
 
 
-def survives(repository, mutant, script):
-    """Whether the killer passes on the mutated script; the script is as it was afterwards."""
-    path = repository / script
-    original = path.read_text(encoding="utf-8")
-    path.write_text(mutate(original, mutant), encoding="utf-8")
-    try:
-        return run_test(repository, mutant.killer, script)
-    finally:
-        path.write_text(original, encoding="utf-8")
+def survives_in(repository, mutant):
+    """The scripts in which the killer does not find the mutant. The scripts are as they were afterwards."""
+    originals = {script: (repository / script).read_text(encoding="utf-8") for script in mutant.scripts}
+
+    def found_in(scripts):
+        for script in scripts:
+            (repository / script).write_text(mutate(originals[script], mutant), encoding="utf-8")
+        try:
+            return failing(repository, mutant.killer)
+        finally:
+            for script in scripts:
+                (repository / script).write_text(originals[script], encoding="utf-8")
+
+    # in all scripts at once; those that no failure names are then tried alone
+    names = found_in(mutant.scripts)
+    if len(mutant.scripts) == 1:
+        return [] if names else mutant.scripts
+    unnamed = [script for script in mutant.scripts if not any(script in name for name in names)]
+    return [script for script in unnamed if not found_in([script])]
 
 
-def in_turn(repositories, function, *arguments):
-    """Call the function on a copy of the repository that nobody uses at the moment."""
-    repository = repositories.get()
-    try:
-        return function(repository, *arguments)
-    finally:
-        repositories.put(repository)
+def try_all(chosen, repositories):
+    """Print what becomes of each mutant -> the number of those that survive. Each copy of the repository is a job."""
+    idle = queue.Queue()
+    for repository in repositories:
+        idle.put(repository)
 
+    def try_one(mutant):
+        repository = idle.get()
+        try:
+            return survives_in(repository, mutant)
+        finally:
+            idle.put(repository)
 
-def try_all(chosen, repositories, pool):
-    """Print what becomes of each mutant in each script -> the number of those that survive."""
-    killers = sorted({(mutant.killer, script) for mutant in chosen for script in mutant.scripts})
-    passes = pool.map(lambda pair: in_turn(repositories, run_test, *pair), killers)
-    if broken := [pair for pair, passed in zip(killers, passes) if not passed]:
+    if broken := failing(repositories[0], *sorted({mutant.killer for mutant in chosen})):
         raise SystemExit(f"these tests fail without any fault: {broken}")
-    cases = [(mutant, script) for mutant in chosen for script in mutant.scripts]
     survivors = 0
-    for (mutant, script), alive in zip(cases, pool.map(lambda case: in_turn(repositories, survives, *case), cases)):
-        survivors += alive
-        print(f"{'SURVIVES' if alive else 'killed'}: {mutant.name} ({script}), {mutant.killer}", flush=True)
-    print(f"{len(chosen)} mutants, {len(cases)} with their scripts, {survivors} survive")
+    with ThreadPoolExecutor(len(repositories)) as pool:
+        for mutant, scripts in zip(chosen, pool.map(try_one, chosen)):
+            survivors += bool(scripts)
+            fate = f"SURVIVES in {', '.join(scripts)}:" if scripts else "is killed by"
+            print(f"{mutant.name}: {fate} {mutant.killer}", flush=True)
+    print(f"{len(chosen)} mutants, {survivors} survive")
     return survivors
 
 
@@ -466,11 +498,9 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="how many to try at the same time")
     args = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if not args.words or any(word in mutant.name for word in args.words)]
-    repositories = queue.Queue()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        for job in range(args.jobs):
-            repositories.put(copy_repository(Path(folder) / str(job)))
-        return 1 if try_all(chosen, repositories, pool) else 0
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [copy_repository(Path(folder) / str(job)) for job in range(args.jobs)]
+        return 1 if try_all(chosen, copies) else 0
 
 
 if __name__ == "__main__":

@@ -196,6 +196,18 @@ def test_resume_with_other_settings(options, name, here, there, finished, tmp_pa
     assert snapshot(path.parent) == before
 
 
+def test_resume_with_settings_that_do_not_touch_the_numbers(lbf_script, tmp_path):
+    """How often it is saved may change, and how long the run is may grow."""
+    assert run_inside(lbf_script, *SMALL, cwd=tmp_path).returncode == 0
+    path = run_folder(tmp_path) / "checkpoint.pt"
+    before = torch.load(path, weights_only=True)["global_step"]
+    options = ["--checkpoint-interval", 150, "--save-model", "--total-timesteps", before + 100]
+    options += ["--wandb-project-name", "other", "--wandb-entity", "me"]
+    done = run_inside(lbf_script, "--resume", path, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert torch.load(path, weights_only=True)["global_step"] >= before + 100
+
+
 def last_words(done, script):
     """The one line of stderr that the script itself wrote, apart from the progress bar."""
     lines = done.stderr.replace("\r", "\n").splitlines()

@@ -108,6 +108,23 @@ def test_ppo_losses(ppo_data):
     assert metrics["approx_kl"] > 1e-3 and metrics["clipfrac"] > 0 and metrics["policy_loss"] < -advantages.mean()
 
 
+def test_metrics_are_means_over_the_epochs(ppo_data):
+    """Of what each epoch finds before its step; by hand for two epochs."""
+    module, (actor, batch) = ppo_data
+    found, epochs = [], 2
+    for epoch in range(epochs):
+        weights = update(module, (actor, batch), update_epochs=epoch)[1] if epoch else actor.state_dict()
+        policy = copy.deepcopy(actor)
+        policy.load_state_dict(weights)
+        distribution = torch.distributions.Categorical(logits=policy(batch[0]).detach())
+        logratio = distribution.log_prob(batch[1]) - batch[2]
+        found.append([distribution.entropy().mean().item(), (logratio.exp() - 1 - logratio).mean().item()])
+    assert found[1][1] > 1e-3
+    metrics, _ = update(module, (actor, batch), update_epochs=epochs)
+    means = [sum(values) / epochs for values in zip(*found)]
+    assert [metrics["entropy"], metrics["approx_kl"]] == pytest.approx(means, rel=1e-3, abs=1e-6)
+
+
 def test_ppo_raises_the_probability_of_good_actions(ppo_data):
     module, (actor, batch) = ppo_data
     obs, actions, logprobs = batch[:3]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DG_SCRIPTS, load, run_folder, run_inside, scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 NUM_ENVS, EVAL_EPISODES = 4, 7
 SMALL = ["--env-id", "Foraging-5x5-3p-2f-v3", "--no-winner-take-all", "--num-envs", NUM_ENVS]
@@ -123,14 +124,32 @@ def test_training_and_evaluation_play_the_same_game(lbf_script, flag, tmp_path, 
         assert len(rewarded) >= 4 and set(rewarded) == {1 if flag == "--winner-take-all" else 2}
 
 
+def test_the_settings_are_logged(lbf_script, tmp_path):
+    """A table with every option, of the run as it was started."""
+    folder = play(load(lbf_script), tmp_path, "--gamma", 0.875)
+    events = EventAccumulator(str(folder)).Reload()
+    (event,) = events.Tensors("hyperparameters/text_summary")
+    (text,) = event.tensor_proto.string_val
+    lines = text.decode().splitlines()
+    assert "|gamma|0.875|" in lines and "|num_envs|4|" in lines
+    assert [line.split("|")[1] for line in lines[2:]] == list(vars(load(lbf_script).Args()))
+
+
+def test_hidden_dim_is_the_width_of_policy_and_critic(lbf_script, tmp_path):
+    folder = play(load(lbf_script), tmp_path, "--hidden-dim", 24, "--save-model", "--total-timesteps", 200)
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for name in ("actor", "critic"):
+        assert checkpoint[name]["hidden.weight"].shape == (24, 24)
+
+
 # EVALUATION
 def test_every_evaluation_and_every_training_episode_plays_a_board_of_its_own(lbf_script, tmp_path, monkeypatch):
-    """The same ones again for the same seed."""
-    module, first_boards = load(lbf_script), []
-    for cwd in (tmp_path / "a", tmp_path / "b"):
+    """The same ones again for the same seed, none of them for another seed."""
+    module, played = load(lbf_script), []
+    for run, seed in enumerate((1, 1, 2)):
         with monkeypatch.context() as patch:
             collected = watch(module, patch, "collect")
-            play(module, cwd, "--env-id", "Foraging-8x8-3p-2f-v3")
+            play(module, tmp_path / str(run), "--env-id", "Foraging-8x8-3p-2f-v3", "--seed", seed)
         evaluated, trained = (
             [[tuple(board.flatten().tolist()) for board in data[0][0]] for data in episodes(collected, number)]
             for number in (EVAL_EPISODES, NUM_ENVS)
@@ -138,8 +157,8 @@ def test_every_evaluation_and_every_training_episode_plays_a_board_of_its_own(lb
         assert len(evaluated) >= 4 and len(trained) >= 3
         boards = list(itertools.chain(*evaluated, *trained))
         assert len(set(boards)) == len(boards)
-        first_boards.append(boards)
-    assert first_boards[0] == first_boards[1]
+        played.append(boards)
+    assert played[0] == played[1] and not set(played[0]) & set(played[2])
 
 
 def test_evaluations_are_logged_as_they_were_played(lbf_script, tmp_path, monkeypatch):
@@ -243,6 +262,24 @@ def oracle(cells, distance=4, nearest=3):
             for j in sorted(range(5), key=lambda j: (far[j], j))[:nearest]:
                 graph[b, i, j] = far[j] <= distance
     return graph
+
+
+# CHECKPOINTS
+def test_checkpoints_are_written_when_they_are_due(lbf_script, tmp_path, monkeypatch):
+    """At the start, after the first iteration at or past each multiple of the interval, and at the end."""
+    saved, rename = [], os.replace
+
+    def replace(source, target):
+        rename(source, target)
+        if str(target).endswith("checkpoint.pt"):
+            saved.append(torch.load(target, weights_only=True)["global_step"])
+
+    monkeypatch.setattr(os, "replace", replace)
+    folder = play(load(lbf_script), tmp_path, "--total-timesteps", 2100, "--checkpoint-interval", 500)
+    frames = [step for step, _ in scalars(folder)["losses/entropy"]]
+    multiples = itertools.pairwise([0, *frames])
+    due = [after for before, after in multiples if after // 500 > before // 500]
+    assert saved == sorted({0, *due, frames[-1]}) and len(saved) < len(frames)
 
 
 # SPEED

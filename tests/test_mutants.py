@@ -4,7 +4,7 @@ import re
 
 import pytest
 from conftest import ROOT
-from mutants import MUTANTS, ONE, Mutant, copy_repository, mutate, survives
+from mutants import DG, MUTANTS, ONE, Mutant, copy_repository, mutate, survives_in
 
 CAPITALS = r"^ *# ([A-Z][A-Z-]+(?: [A-Z-]+)*)"
 
@@ -36,10 +36,17 @@ def test_the_runner_finds_the_dead_and_the_survivor(tmp_path):
     repository, before = copy_repository(tmp_path), read(ONE[0])
     killer = "test_advantages.py::test_orientation"
     transposed = ("edges = (graph.bool() | eye)", "edges = (graph.bool().transpose(-1, -2) | eye)")
-    assert not survives(repository, Mutant(ONE, "a fault", killer, *transposed), ONE[0])
+    assert survives_in(repository, Mutant(ONE, "a fault", killer, *transposed)) == []
     harmless = ("# m_t+1[k, j]\n", "# m_t+1[k, j], inf at first\n")
-    assert survives(repository, Mutant(ONE, "none", killer, *harmless), ONE[0])
+    assert survives_in(repository, Mutant(ONE, "none", killer, *harmless)) == ONE
     assert read(ONE[0]) == before == (repository / ONE[0]).read_text(encoding="utf-8")
+
+
+def test_a_fault_of_several_scripts_is_looked_for_in_each(tmp_path):
+    """The killer loads the first of the two scripts alone: in the other one the same fault survives."""
+    repository, killer = copy_repository(tmp_path), "test_lbf_learning.py::test_graph_statistics"
+    fault = ("graph[..., 0].numel()", "graph.numel()")
+    assert survives_in(repository, Mutant(DG, "in both", killer, *fault)) == DG[1:]
 
 
 def test_a_text_that_is_gone_or_there_twice_is_an_error():
