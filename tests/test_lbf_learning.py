@@ -327,6 +327,19 @@ def test_the_edge_rule():
     assert (only_oneself == ~others).all()  # c = 0: not even what is certain is an edge
 
 
+def test_the_single_agent_reverse_model_has_no_part_in_the_graph(dg_script):
+    """It is certain here; the two others decide, and in the padding everybody is alone."""
+    module = load(dg_script)
+    alive = torch.tensor([[True, True], [True, False]])
+    predictor, reverse = torch.randn(3, 3, 4), 2 * torch.randn(3, 3, 3, 4)
+    logits = module.GraphLogits(certain(0).expand(3, 3, 4), predictor, reverse)
+    oracle, args = torch.zeros(2, 2, 3, 3, dtype=torch.bool), module.Args(c=0.9)
+    graph, _ = module.dependence_graph(args, oracle, logits, alive)
+    expected, _ = module.learned_graph(predictor, reverse, args.c)
+    assert torch.equal(graph[alive], expected) and 9 < expected.sum() < 27
+    assert torch.equal(graph[~alive], torch.eye(3, dtype=torch.bool).unsqueeze(0))
+
+
 def synthetic_steps(seed, T=25, E=8):
     """Three agents; what agents 0 and 1 do shows in their own next observation, but agent 2 is moved by agent 0."""
     g = torch.Generator().manual_seed(seed)

@@ -19,14 +19,6 @@ SMALL += ["--total-timesteps", 600, "--eval-episodes", EVAL_EPISODES, "--eval-in
 SMALL += ["--checkpoint-interval", 0]
 
 
-@pytest.fixture(autouse=True)
-def same_torch_afterwards():
-    """main() sets PyTorch's deterministic mode."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-
-
 def watch(module, monkeypatch, name, before=lambda: None):
     """Spy on a function of the module -> a list with, for each call: its arguments by name, and its `result`.
 
@@ -176,6 +168,15 @@ def test_evaluations_are_logged_as_they_were_played(lbf_script, tmp_path, monkey
         assert logged(folder, f"eval/episodic_return_agent_{i}") == pytest.approx(means, abs=1e-6)
 
 
+def test_an_evaluation_says_when_it_was_due(lbf_script):
+    """At a multiple of the interval, or at the end, which a run passes by a few frames."""
+    module = load(lbf_script)
+    args = module.Args(eval_interval=100, total_timesteps=350)
+    rows = [module.evaluation_row(torch.ones(2, 3), step, args) for step in (0, 100, 199, 349, 350, 380)]
+    assert [row["nominal_step"] for row in rows] == [0, 100, 100, 300, 350, 350]
+    assert [row["evaluation"] for row in rows] == [0, 1, 1, 3, 3, 3]
+
+
 # TRAINING
 @pytest.mark.parametrize("options", [[], ["--gamma", 0.8, "--gae-lambda", 0.6]], ids=["default", "other"])
 def test_what_the_update_learns_from(lbf_script, options, tmp_path, monkeypatch):
@@ -266,7 +267,7 @@ def oracle(cells, distance=4, nearest=3):
 
 # CHECKPOINTS
 def test_checkpoints_are_written_when_they_are_due(lbf_script, tmp_path, monkeypatch):
-    """At the start, after the first iteration at or past each multiple of the interval, and at the end."""
+    """After the first iteration, after the first one at or past each multiple of the interval, and at the end."""
     saved, rename = [], os.replace
 
     def replace(source, target):
@@ -279,7 +280,18 @@ def test_checkpoints_are_written_when_they_are_due(lbf_script, tmp_path, monkeyp
     frames = [step for step, _ in scalars(folder)["losses/entropy"]]
     multiples = itertools.pairwise([0, *frames])
     due = [after for before, after in multiples if after // 500 > before // 500]
-    assert saved == sorted({0, *due, frames[-1]}) and len(saved) < len(frames)
+    assert saved == sorted({frames[0], *due, frames[-1]}) and len(saved) < len(frames)
+
+
+def test_when_a_checkpoint_is_due(lbf_script):
+    """Where none is saved, and as soon as a multiple of the interval is reached; the end has one of its own."""
+    module = load(lbf_script)
+    args = module.Args(checkpoint_interval=100, total_timesteps=1000)
+    steps = [(None, 40), (40, 99), (40, 100), (100, 199), (100, 200), (100, 350), (900, 999), (900, 1000), (900, 1010)]
+    due = [module.checkpoint_is_due(saved_step, global_step, args) for saved_step, global_step in steps]
+    assert due == [True, False, True, False, True, True, False, False, False]
+    args.checkpoint_interval = 0
+    assert not any(module.checkpoint_is_due(saved_step, global_step, args) for saved_step, global_step in steps)
 
 
 # SPEED

@@ -1,5 +1,6 @@
 """The same seed gives the same run, also when it is killed, interrupted or evaluated differently on the way."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -270,6 +271,20 @@ def test_write_atomically_leaves_the_old_file(lbf_script, dies_in, tmp_path, mon
     assert path.read_bytes() == b"old"
     module.write_atomically(str(path), b"new")
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_write_atomically_removes_what_it_cannot_finish(lbf_script, tmp_path, monkeypatch):
+    """On a full disk, which half a file would not make emptier."""
+    module, path = load(lbf_script), tmp_path / "file"
+    module.write_atomically(str(path), b"old")
+
+    def fail(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(module.UserError, match=os.strerror(errno.ENOSPC)):
+        module.write_atomically(str(path), b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
 def test_write_atomically_syncs_before_it_renames(lbf_script, tmp_path, monkeypatch):

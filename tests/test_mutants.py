@@ -35,7 +35,7 @@ def test_the_runner_finds_the_dead_and_the_survivor(tmp_path):
     """In a copy: the repository itself is not touched, and the copy is whole again afterwards."""
     repository, before = copy_repository(tmp_path), read(ONE[0])
     killer = "test_advantages.py::test_orientation"
-    transposed = ("edges = (graph.bool() | eye)", "edges = (graph.bool().transpose(-1, -2) | eye)")
+    transposed = ("edges = (graph | eye)", "edges = (graph.transpose(-1, -2) | eye)")
     assert survives_in(repository, Mutant(ONE, "a fault", killer, *transposed)) == []
     harmless = ("# m_t+1[k, j]\n", "# m_t+1[k, j], inf at first\n")
     assert survives_in(repository, Mutant(ONE, "none", killer, *harmless)) == ONE

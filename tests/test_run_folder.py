@@ -166,6 +166,19 @@ def test_a_second_process_at_the_same_run_is_refused(finished, tmp_path):
         wait_for(lambda: state(folder)["global_step"] > step, second)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_locked_run_is_refused(script, finished):
+    """By a process that does nothing else."""
+    folder = finished(script)
+    lock = "import fcntl, sys\nfile = open(sys.argv[1], 'a+')\nfcntl.lockf(file, fcntl.LOCK_EX)\nprint(flush=True)\n"
+    command = [sys.executable, "-c", lock + "input()", str(folder / "run.json")]
+    before = snapshot(folder)
+    with ended(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)) as other:
+        assert other.stdout.readline() == "\n"
+        (line,) = resume(script, folder, *LONGER, status=2).stderr.splitlines()
+    assert "another process" in line and str(folder) in line and snapshot(folder) == before
+
+
 @pytest.mark.parametrize("kind", ["checkpoint", "folder", "checkpoint in a linked folder"])
 def test_links_continue_their_own_run(kind, finished, tmp_path):
     folder, script = finished(), "mappo_dg_lbf.py"
@@ -390,6 +403,47 @@ def test_a_run_that_is_stopped_again_and_again(script, reference, tmp_path, monk
     assert_same_run(folder, reference(script))
 
 
+@pytest.fixture
+def stop_signals(lbf_script, monkeypatch):
+    """A script and its StopSignals, which handles what the test says alone."""
+    module = load(lbf_script)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    return module, module.StopSignals()
+
+
+def test_a_signal_is_answered_under_raised_alone(stop_signals):
+    """At once, where it comes there or has come before; outside it is kept for later."""
+    module, stop_signals = stop_signals
+    with stop_signals.raised():
+        pass
+    stop_signals.handle(signal.SIGTERM, None)
+    assert stop_signals.received == signal.SIGTERM
+    with pytest.raises(module.Stopped), stop_signals.raised():
+        pytest.fail("the signal has come before")
+    stop_signals.received = None
+    reached = False
+    with pytest.raises(module.Stopped), stop_signals.raised():
+        reached = True
+        stop_signals.handle(signal.SIGINT, None)
+    assert reached and stop_signals.received == signal.SIGINT
+
+
+def test_a_second_signal_ends_the_process_unless_it_comes_at_once(stop_signals, monkeypatch):
+    """`timeout` and closing terminals send the first one twice."""
+    module, stop_signals = stop_signals
+    handlers, killed, clock = [], [], [100.0]
+    monkeypatch.setattr(signal, "signal", lambda *args: handlers.append(args))
+    monkeypatch.setattr(os, "kill", lambda *args: killed.append(args))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    stop_signals.handle(signal.SIGTERM, None)
+    clock[0] += 0.5
+    stop_signals.handle(signal.SIGTERM, None)
+    assert killed == handlers == [] and stop_signals.received == signal.SIGTERM
+    clock[0] += 0.6
+    stop_signals.handle(signal.SIGINT, None)
+    assert killed == [(os.getpid(), signal.SIGINT)] and handlers == [(signal.SIGINT, signal.SIG_DFL)]
+
+
 def test_a_stop_between_the_parts_is_answered_after_them(reference, tmp_path, monkeypatch):
     """During the update: it is finished, then the run is saved."""
     module, left = load("mappo_dg_lbf.py"), [2]
@@ -579,13 +633,14 @@ def test_a_reader_that_has_gone_away_does_not_end_a_run(stream, reference, tmp_p
     assert_same_run(run_folder(tmp_path), reference("mappo_dg_lbf.py"))
 
 
-def test_a_lasting_stream_drops_what_nobody_reads():
+@pytest.mark.parametrize("error", [BrokenPipeError, ValueError])
+def test_a_lasting_stream_drops_what_nobody_reads(error):
     """The first failure is the last attempt; what the stream knows besides is still asked of it."""
     module, tries = load("mappo_dg_lbf.py"), []
 
     def write(text):
         tries.append(text)
-        raise BrokenPipeError
+        raise error
 
     stream = module.LastingStream(SimpleNamespace(write=write, flush=lambda: None, encoding="ascii"))
     assert stream.encoding == "ascii"
