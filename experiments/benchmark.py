@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,10 +30,13 @@ from statistics import median
 from time import perf_counter, process_time
 from types import ModuleType, SimpleNamespace
 
-import gymnasium as gym
-import numpy as np
-import torch
-import tyro
+from errors import UserError, one_sentence
+
+with one_sentence():
+    import gymnasium as gym
+    import numpy as np
+    import torch
+    import tyro
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DG, LOCAL = "mappo_dg_lbf.py", "baselines/mappo_local_lbf.py"
@@ -69,7 +73,7 @@ class Args:
 def load(script):
     """The script as a module whose main() is a generator: it yields (phase, global_step) where each phase begins."""
     path, lines, found = REPOSITORY / script, [], set()
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         for phase, start in PHASES.items():
             indent, found_here, _ = line.partition(start)
             if found_here and len(indent) >= 8 and not indent.strip():  # not the title of a section of the file
@@ -81,8 +85,8 @@ def load(script):
     module = sys.modules[path.stem] = ModuleType(path.stem)
     module.__file__ = str(path)
     exec(compile("\n".join(lines), path, "exec"), module.__dict__)
-    module.tqdm = partial(module.tqdm, file=open(os.devnull, "w"))
-    module.signal = SimpleNamespace(SIGINT=None, SIGTERM=None, signal=lambda *_: None)  # Ctrl-C ends the benchmark
+    module.tqdm = partial(module.tqdm, file=open(os.devnull, "w", encoding="utf-8"))
+    module.signal = SimpleNamespace(**vars(signal) | {"signal": lambda *_: None})  # Ctrl-C ends the benchmark
     return module
 
 
@@ -248,7 +252,7 @@ def episodes(T, E, N):
 def synthetic(T, N, least):
     """Print the phases of DG's iteration on random episodes: lbforaging has no task of so many agents."""
     if sys.platform == "linux":  # fail rather than drive the machine out of memory
-        limit = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+        limit = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))[1])
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     module, E, D, alive = load(DG), 10, 3 * (N + 4), torch.ones(T, 10, dtype=torch.bool)
     obs, actions = torch.randint(15, (T + 1, E, N, D)).float(), torch.randint(6, (T, E, N))
@@ -267,6 +271,8 @@ def run(*arguments):
     command = [sys.executable, "-c", LAUNCHER, sys.executable, *map(str, arguments)]
     output = subprocess.run(command, env=os.environ | variables, stdout=subprocess.PIPE, check=True).stdout
     status, stdout, stderr, seconds, memory = json.loads(output)
+    if status == 2:
+        raise UserError(stderr)
     if status:
         raise RuntimeError(stderr or f"status {status}: out of memory?")
     return stdout, seconds, memory / (2**20 if sys.platform == "darwin" else 2**10)
@@ -281,7 +287,8 @@ def whole_runs(script, frames):
 
 # TABLES
 def print_machine(cores):
-    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
+    model = re.search(r"model name\s*:\s*(.*)", cpuinfo)
     used = f"{os.cpu_count()} cores, of which {cores} {'is' if cores == 'one' else 'are'} used"
     print(f"{model[1] if model else platform.processor()}, {used}; ", end="")
     print(f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}")
@@ -407,8 +414,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options = tyro.cli(Args, description=__doc__)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with one_sentence(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        options = tyro.cli(Args, description=__doc__)
+        if options.repeats < 1:
+            raise UserError(f"--repeats must be at least 1, not {options.repeats}")
         os.chdir(folder)
         (main_smaclite if options.smaclite else main)(options)
         os.chdir(REPOSITORY)

@@ -5,10 +5,13 @@ python experiments/method_figure.py
 
 from pathlib import Path
 
-import matplotlib
+from errors import one_sentence
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+with one_sentence():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
 EDGES = {1: [(0, 1)], 3: [(1, 2)]}  # step -> (influencer, influenced)
 STEPS, AGENTS = 6, 3
@@ -76,6 +79,7 @@ def draw(path, ink, paper, faint):
 if __name__ == "__main__":
     plt.rcParams["svg.hashsalt"] = "method"
     folder = Path(__file__).parent / "figures"
-    folder.mkdir(exist_ok=True)
-    for theme, colours in THEMES.items():
-        draw(folder / f"method-{theme}", *colours)
+    with one_sentence():
+        folder.mkdir(exist_ok=True)
+        for theme, colours in THEMES.items():
+            draw(folder / f"method-{theme}", *colours)

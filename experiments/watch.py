@@ -15,20 +15,23 @@ looks at distances after the step. Runs without a learned graph (baselines, --gr
 import importlib.util
 import io
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib as mpl
-import numpy as np
-import torch
-import tyro
-from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, RegularPolygon
-from PIL import Image
-from plotting import THEMES, new_figure, style
-from report import UserError
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard.writer import FileWriter
+from errors import UserError, one_sentence
+
+with one_sentence():
+    import matplotlib as mpl
+    import numpy as np
+    import torch
+    import tyro
+    from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, RegularPolygon
+    from PIL import Image
+    from plotting import THEMES, new_figure, style
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from torch.utils.tensorboard.writer import FileWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 FOOD = "#009E73"
@@ -40,9 +43,9 @@ class Args:
     run: tyro.conf.Positional[Path]
     """a run's folder or its checkpoint.pt"""
     episodes: int = 3
-    """episodes to play; the best one is drawn"""
+    """episodes to play, at most 1000; the best one is drawn"""
     seed: int = 0
-    """seed of the boards and of the sampled actions"""
+    """seed of the boards and of the sampled actions, below 2^64"""
     output: Path | None = None
     """folder for the pictures (default: watch/ in the run's folder)"""
     theme: Literal["light", "dark"] = "light"
@@ -109,8 +112,13 @@ def load_checkpoint(path):
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run's folder or its checkpoint.pt")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # compares the checksums, at which torch.load does not look
+                raise UserError(f"{path} is damaged: its checksums are wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return path, {name: checkpoint[name] for name in ("script", "args", "global_step", "actor")} | checkpoint
+    except (UserError, OSError):
+        raise
     except Exception as error:
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__})") from error
 
@@ -131,31 +139,50 @@ def edges_between(graph, ratio=None):
     return [[(int(i), int(j), float(r[i, j])) for i, j in np.argwhere(g)] for g, r in zip(graph, ratio)]
 
 
+def restore(checkpoint):
+    """(script, args, actor, models) of a checkpoint, models None without a learned graph.
+
+    Raises UserError if the script cannot be drawn, or is another version than the one that wrote the checkpoint.
+    """
+    script = load_script(str(checkpoint["script"]))
+    try:
+        checkpoint["global_step"] / 1e6  # a number, for the title
+        args = script.Args(**checkpoint["args"])
+        script.check_args(args)
+        env = script.make_env(args.env_id, args.winner_take_all, 0)
+        D, A = env.observation_space[0].shape[0], int(env.action_space[0].n)
+        actor, models = script.AgentNetwork(D, env.n_agents, args.hidden_dim, A), None
+        actor.load_state_dict(checkpoint["actor"])
+        if getattr(args, "graph", None) == "learned":
+            models = script.GraphModels(D, A, args.encoder)
+            models.load_state_dict(checkpoint["models"])
+    except (script.UserError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"the checkpoint does not fit {checkpoint['script']}.py as it is now ({reason})") from error
+    return script, args, actor, models
+
+
 def play(checkpoint, episodes, seed):
     """Play with the saved policy -> the Episode with the highest team return, of equals the shortest."""
-    script, args = load_script(checkpoint["script"]), checkpoint["args"]
+    script, args, actor, models = restore(checkpoint)
     seeds = np.random.SeedSequence(seed).generate_state(episodes)
-    envs = [Recorder(script.make_env(args["env_id"], args["winner_take_all"], s)) for s in seeds]
-    N, D, A = envs[0].n_agents, envs[0].observation_space[0].shape[0], int(envs[0].action_space[0].n)
-    actor = script.AgentNetwork(D, N, args["hidden_dim"], A)
-    actor.load_state_dict(checkpoint["actor"])
+    envs = [Recorder(script.make_env(args.env_id, args.winner_take_all, s)) for s in seeds]
     torch.manual_seed(seed)
-    obs, actions, _, rewards, _, alive = script.collect(envs, actor, "cpu", args["eval_greedy"])
+    obs, actions, _, rewards, _, alive = script.collect(envs, actor, "cpu", args.eval_greedy)
     best = max(range(episodes), key=lambda e: (round(rewards[:, e].sum().item(), 4), -alive[:, e].sum().item()))
     env, T = envs[best], int(alive[:, best].sum())
     positions, ratio, graph = np.array(env.positions), None, None
-    oracle = load_script("mappo_dg_lbf").oracle_graph(torch.tensor(positions[1:]), args.get("oracle_distance", 3))
-    if args.get("graph") == "learned":
-        models = script.GraphModels(D, A, args["encoder"])
-        models.load_state_dict(checkpoint["models"])
-        ratio, graph = entropy_ratios(script, models, obs[: T + 1, [best]], alive[:T, [best]], args["c"])
-        if args["transpose_graph"]:  # as the run uses it
+    distance = getattr(args, "oracle_distance", 3)
+    oracle = load_script("mappo_dg_lbf").oracle_graph(torch.tensor(positions[1:]), distance)
+    if models is not None:
+        ratio, graph = entropy_ratios(script, models, obs[: T + 1, [best]], alive[:T, [best]], args.c)
+        if args.transpose_graph:  # as the run uses it
             ratio, graph = ratio.swapaxes(1, 2), graph.swapaxes(1, 2)
-    title = f"{checkpoint['script']} on {args['env_id']}, {checkpoint['global_step'] / 1e6:.3g}M frames"
+    title = f"{checkpoint['script']} on {args.env_id}, {checkpoint['global_step'] / 1e6:.3g}M frames"
     names = [[script.Action(action).name for action in step] for step in actions[:T, best].tolist()]
     rewards, levels = rewards[:T, best].numpy(), [int(player.level) for player in env.players]
-    food = np.array(env.food)
-    return Episode(title, levels, positions, food, names, rewards, oracle.numpy(), ratio, graph, args.get("c", 1.0))
+    food, c = np.array(env.food), getattr(args, "c", 1.0)
+    return Episode(title, levels, positions, food, names, rewards, oracle.numpy(), ratio, graph, c)
 
 
 # DRAW
@@ -355,8 +382,10 @@ def add_to_tensorboard(folder, pictures, global_step):
 
 def main(args):
     """Play, draw and write the four pictures -> their folder; raises UserError."""
-    if args.episodes < 1:
-        raise UserError(f"--episodes must be at least 1, not {args.episodes}")
+    if not 1 <= args.episodes <= 1000:  # which are played and held all at once
+        raise UserError(f"--episodes must lie in [1, 1000], not {args.episodes}")
+    if not 0 <= args.seed < 2**64:
+        raise UserError(f"--seed must lie in [0, 2^64), not {args.seed}")
     torch.set_num_threads(1)
     path, checkpoint = load_checkpoint(args.run)
     episode = play(checkpoint, args.episodes, args.seed)
@@ -375,8 +404,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(tyro.cli(Args, description=__doc__))
-    except UserError as error:
-        print(f"watch.py: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -76,6 +76,12 @@ def test_equals_the_definition(output):
     assert all(float(difference) <= 1e-4 for difference in differences)
 
 
+def test_bad_settings_are_one_sentence(tmp_path):
+    command = [sys.executable, str(ROOT / "experiments" / "benchmark.py"), "--repeats", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "benchmark.py: --repeats must be at least 1, not 0\n")
+
+
 def test_the_same_games_for_stock_and_ours():
     """What is compared plays the same steps: the random actions depend on the masks, which must be equal."""
     pytest.importorskip("smaclite", reason="SMAClite is not on PyPI: pip install -r requirements-smaclite.txt")

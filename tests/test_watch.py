@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -174,9 +175,72 @@ def test_runs_without_a_learned_graph_have_the_oracles_edges_only(tmp_path, scri
 def test_mistakes_end_in_one_sentence_and_status_2(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"half")
     torch.save({"script": "another", "args": {}, "global_step": 0, "actor": {}}, tmp_path / "another.pt")
-    for target, word in ((tmp_path / "nothing", "exist"), (tmp_path, "whole"), (tmp_path / "another.pt", "another.py")):
+    torch.save([1, 2], tmp_path / "list.pt")
+    for target, word in (
+        (tmp_path / "nothing", "exist"),
+        (Path(""), "exist"),
+        (tmp_path, "whole"),
+        (tmp_path / "another.pt", "another.py"),
+        (tmp_path / "list.pt", "whole"),
+    ):
         with pytest.raises(watch.UserError, match=word):
             watch.main(watch.Args(target))
     command = [sys.executable, str(ROOT / "experiments" / "watch.py"), str(tmp_path / "nothing")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("watch.py: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--seed", -1], "--seed must lie in [0, 2^64), not -1"),
+        (["--seed", 2**64], "--seed must lie in [0, 2^64)"),
+        (["--episodes", 0], "--episodes must lie in [1, 1000], not 0"),
+        (["--episodes", 10**9], "--episodes must lie in [1, 1000]"),
+        (["--output", "a_file"], "File exists: 'a_file'"),
+        (["--output", "a_file/in"], "Not a directory: 'a_file/in'"),
+        (["--output", "x" * 300], "File name too long"),
+        (["--output", "/proc/new"], "No such file or directory"),
+    ],
+)
+def test_bad_options_end_in_one_sentence_and_status_2(dg_run, tmp_path, options, words):
+    (tmp_path / "a_file").touch()
+    done = run("experiments/watch.py", dg_run, "--episodes", 1, *options, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("watch.py: ") and words in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"c": None, "soft": None, "no_such_setting": 1}, "unexpected keyword argument"),
+        ({"env_id": "Foraging-9x9-nothing"}, "unknown environment"),
+        ({"env_id": "Foraging-15x15-3p-4f-v3"}, "Error(s) in loading state_dict"),
+        ({"hidden_dim": 0}, "hidden_dim must lie in"),
+        ({"gamma": "much"}, "TypeError"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_one_sentence(dg_run, tmp_path, change, words):
+    _, checkpoint = watch.load_checkpoint(dg_run)
+    torch.save(checkpoint | {"args": checkpoint["args"] | change}, tmp_path / "checkpoint.pt")
+    with pytest.raises(watch.UserError, match="does not fit mappo_dg_lbf.py as it is now") as error:
+        watch.main(watch.Args(tmp_path))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["script", "args", "actor", "models", "global_step"])
+def test_a_part_of_the_checkpoint_that_is_nonsense_is_one_sentence(dg_run, tmp_path, name):
+    _, checkpoint = watch.load_checkpoint(dg_run)
+    torch.save(checkpoint | {name: ["nonsense"]}, tmp_path / "checkpoint.pt")
+    with pytest.raises(watch.UserError):
+        watch.main(watch.Args(tmp_path))
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(dg_run, tmp_path):
+    content = bytearray((dg_run / "checkpoint.pt").read_bytes())
+    with zipfile.ZipFile(dg_run / "checkpoint.pt") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + largest.file_size // 2 + 100] ^= 1  # a weight
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(watch.UserError, match="checkpoint.pt is damaged"):
+        watch.main(watch.Args(tmp_path))

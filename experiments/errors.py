@@ -1,0 +1,45 @@
+"""What ends the programs of this folder in one sentence on stderr and exit status 2, instead of a traceback."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+PACKAGES = "PIL gymnasium lbforaging matplotlib numpy pandas scipy smaclite tensorboard torch tqdm tyro yaml".split()
+
+
+class UserError(Exception):
+    """Something the user can put right."""
+
+
+@contextlib.contextmanager
+def one_sentence():
+    """Reports a UserError, a package that is not installed and what the system refuses, and exits with status 2.
+
+    Everything else is a fault of the program and keeps its traceback, an import that fails for another reason included.
+    A program wraps its imports in it as well as its work.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # None: closed by whoever started the program
+                sys.stdout.flush()  # at exit it would be too late to report that it fails
+        return
+    except UserError as error:
+        sentence = str(error)
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        requirements = "requirements.txt -r experiments/requirements.txt"
+        if error.name == "smaclite":
+            requirements = "requirements-smaclite.txt"
+        sentence = f"the package {error.name} is not installed: pip install -r {requirements}"
+    except OSError as error:
+        sentence = str(error)
+        if isinstance(error, BrokenPipeError):
+            sentence = "the reader of its output has gone"
+        with contextlib.suppress(OSError, AttributeError):  # what stdout still holds shall not fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(f"{Path(sys.argv[0]).name}: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(2)
