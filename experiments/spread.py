@@ -376,9 +376,10 @@ def parse_args(script):
         try:
             checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
             writer, saved = checkpoint["script"], dict(checkpoint["args"])
+            older = any("evaluation" not in row for row in checkpoint["evaluations"])  # whose rows lack columns
         except Exception as error:
             raise UserError(f"--resume: {args.resume} is not a whole checkpoint ({type(error).__name__})") from error
-        if writer != script or saved.keys() != vars(args).keys():
+        if writer != script or saved.keys() != vars(args).keys() or older:
             raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
         args = tyro.cli(Args, default=Args(**saved))
         free = "resume save_model checkpoint_interval".split()
@@ -441,7 +442,9 @@ def main():
             row |= {"episodes": len(team)} | {f"episodic_return_agent_{i}": mean for i, mean in enumerate(agents)}
             for name, value in row.items():
                 writer.add_scalar(f"eval/{name}", value, global_step)
-            evaluations.append({"global_step": global_step} | row)
+            index = global_step // every
+            when = {"global_step": global_step, "evaluation": index, "nominal_step": index * every}
+            evaluations.append(when | row)
             lines = [evaluations[0].keys(), *(row.values() for row in evaluations)]
             text = "".join(",".join(map(str, line)) + "\n" for line in lines)
             write_atomically(os.path.join(run_dir, "evaluations.csv"), text.encode())
@@ -508,6 +511,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, ImportError) as error:
+    except UserError as error:
         print(f"{os.path.basename(__file__)}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -18,13 +18,17 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import spread
-import torch
-import tyro
+from errors import UserError, one_sentence
+
+with one_sentence():
+    import spread
+    import torch
+    import tyro
 
 EPISODES = 10  # parallel episodes, spread.py's default
 
@@ -44,7 +48,7 @@ class Args:
 def peak_memory():
     """Most memory that this process has ever used, in MB."""
     if sys.platform == "linux":  # whose ru_maxrss counts what the parent held when it started this process
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) / 1e3
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
@@ -97,15 +101,20 @@ def measure_memory(num_agents):
 
 
 def in_new_process(function, *inputs):
-    """function(*inputs), in a fresh process: peak memory is that of a process's whole life."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *inputs).result()
+    """function(*inputs), in a fresh process: peak memory is that of a process's whole life; UserError if it dies."""
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *inputs).result()
+    except BrokenProcessPool as error:
+        raise UserError(f"{function.__name__}{inputs} was killed: out of memory?") from error
 
 
-def main():
-    args = tyro.cli(Args)
-    if min(args.num_agents, default=0) < 2 or args.iterations < 1:
-        sys.exit("spread_scale.py: num_agents must be at least 2 each and iterations at least 1")
+def main(args):
+    """Measure, print and write the table; raises UserError."""
+    if min(args.num_agents, default=0) < 2 or args.iterations < 1 or not args.algorithms:
+        raise UserError("--num-agents must be at least 2 each, --iterations at least 1, --algorithms at least one")
+    if args.csv and not Path(args.csv).parent.is_dir():
+        raise UserError(f"--csv {args.csv}: there is no such folder")
     rows = []
     for algorithm, num_agents in itertools.product(args.algorithms, args.num_agents):
         phases, memory = in_new_process(measure_iteration, num_agents, algorithm, args.iterations)
@@ -118,11 +127,12 @@ def main():
         print(" | ".join(map(str, row.values())), flush=True)
         rows.append(row)
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
+        with open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence():
+        main(tyro.cli(Args))

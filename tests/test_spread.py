@@ -128,7 +128,7 @@ def test_what_the_critics_see():
 
 
 def test_shared_code_is_that_of_the_lbf_script():
-    sources = [(ROOT / path).read_text() for path in ("experiments/spread.py", "mappo_dg_lbf.py")]
+    sources = [(ROOT / path).read_text(encoding="utf-8") for path in ("experiments/spread.py", "mappo_dg_lbf.py")]
     ours, theirs = (
         {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body if hasattr(node, "name")}
         for source in sources
@@ -149,8 +149,10 @@ def test_a_short_run(tmp_path, algorithm, credit):
     assert done.returncode == 0, done.stderr
     folder = run_folder(tmp_path)
     assert folder.name.startswith(f"star-spread-3__spread_{algorithm}_{credit}__1__")
-    rows = list(csv.DictReader(open(folder / "evaluations.csv")))
+    rows = list(csv.DictReader(open(folder / "evaluations.csv", encoding="utf-8")))
     assert [int(row["global_step"]) for row in rows] == [0, 400, 600] and rows[0]["episodes"] == "6"
+    assert list(rows[0])[:4] == ["global_step", "evaluation", "nominal_step", "episodic_return"]
+    assert [(row["evaluation"], row["nominal_step"]) for row in rows] == [("0", "0"), ("1", "400"), ("1", "400")]
     for row in rows:
         agents = sum(float(row[f"episodic_return_agent_{i}"]) for i in range(3))
         assert (
@@ -211,11 +213,25 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     done = run_inside(spread, *options("--resume", folder / "checkpoint.pt"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     whole, parts = (run_folder(tmp_path / name) for name in ("whole", "parts"))
-    assert (whole / "evaluations.csv").read_text() == (parts / "evaluations.csv").read_text()
+    assert (whole / "evaluations.csv").read_text(encoding="utf-8") == (parts / "evaluations.csv").read_text(
+        encoding="utf-8"
+    )
     ends = [torch.load(path / "checkpoint.pt") for path in (whole, parts)]
     for name in ("actor", "critic", "standardise"):
         for key, value in ends[0][name].items():
             assert torch.equal(value, ends[1][name][key]), (name, key)
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
+    """Its evaluations lack two columns: rows of both kinds in one file could not be read."""
+    assert run_inside(spread, *options(), cwd=tmp_path).returncode == 0
+    path = run_folder(tmp_path) / "checkpoint.pt"
+    checkpoint = torch.load(path)
+    for row in checkpoint["evaluations"]:
+        del row["evaluation"], row["nominal_step"]
+    torch.save(checkpoint, path)
+    done = run("experiments/spread.py", "--resume", path, "--total-timesteps", 800, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "another version" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_dg_learns(tmp_path):
@@ -224,7 +240,7 @@ def test_dg_learns(tmp_path):
         spread, "--env-id", "star-spread-2", "--total-timesteps", 40_000, "--learning-rate", 2e-3, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader(open(run_folder(tmp_path) / "evaluations.csv")))
+    rows = list(csv.DictReader(open(run_folder(tmp_path) / "evaluations.csv", encoding="utf-8")))
     first, last = float(rows[0]["episodic_return"]), float(rows[-1]["episodic_return"])
     assert last > 0.6 * first, (first, last)
 
@@ -246,13 +262,26 @@ def test_bad_settings_are_one_sentence(tmp_path, wrong, words):
 
 def test_scale_table(tmp_path):
     done = run("experiments/spread_scale.py", "--num-agents", 3, "--iterations", 1, "--csv", "t.csv", cwd=tmp_path)
-    rows = list(csv.DictReader(open(tmp_path / "t.csv")))
+    rows = list(csv.DictReader(open(tmp_path / "t.csv", encoding="utf-8")))
     assert [(row["algorithm"], row["N"]) for row in rows] == [("ippo", "3"), ("mappo", "3")]
     assert len(done.stdout.splitlines()) == 3
     for row in rows:
         phases = [float(row[f"{name} ms"]) for name in ("collect", "values", "gae", "multi_agent_gae", "ppo_update")]
         assert min(phases) > 0 and sum(phases) <= float(row["iteration ms"]) + 0.5
         assert float(row["process MB"]) > 50
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (("--num-agents", 1), "--num-agents"),
+        (("--iterations", 0), "--iterations"),
+        (("--csv", "missing/t.csv"), "there is no such folder"),
+    ],
+)
+def test_bad_settings_of_the_scale_are_one_sentence(tmp_path, wrong, words):
+    done = run("experiments/spread_scale.py", *wrong, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_multi_agent_gae_of_100_agents_stays_under_2_gb():
