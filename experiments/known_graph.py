@@ -32,20 +32,23 @@ pairs i != j.
 
 import itertools
 import os
-import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import torch
-import tyro
-from known_graph_figure import OBSERVATIONS, draw, table
-from plotting import save
-from report import UserError
-from scipy.stats import rankdata
-from watch import load_script
+from errors import UserError, one_sentence
+
+with one_sentence():
+    import numpy as np
+    import pandas as pd
+    import torch
+    import tyro
+    from known_graph_figure import COLUMNS, OBSERVATIONS, draw, table
+    from plotting import save
+    from report import read_csv
+    from scipy.stats import rankdata
+    from watch import load_script
 
 dg = load_script("mappo_dg_lbf")
 DIAL = 4  # positions of a dial, and actions
@@ -241,7 +244,7 @@ def finished_runs(path):
     """{(world, policy, N, observation, seed): rows of the CSV} of the runs that are as long as ITERATIONS says."""
     if not path.exists():
         return {}
-    runs = pd.read_csv(path).groupby(["world", "policy", "agents", "observation", "seed"])
+    runs = read_csv(path, COLUMNS).groupby(["world", "policy", "agents", "observation", "seed"])
     return {run: rows for run, rows in runs if rows["iteration"].max() == ITERATIONS.get(run[2])}
 
 
@@ -283,17 +286,15 @@ def main(args):
             rows.to_csv(path.with_suffix(".partial"), index=False, float_format="%.3g")
             os.replace(path.with_suffix(".partial"), path)
             auc = done[run]["auc"].iloc[-1]
-            print(f"{len(done)}/{len(runs)} {' '.join(map(str, run))} AUC {auc:.2f} ({time.time() - start:.0f} s)")
+            with suppress(BrokenPipeError):  # a reader that has gone away does not end hours of runs
+                print(f"{len(done)}/{len(runs)} {' '.join(map(str, run))} AUC {auc:.2f} ({time.time() - start:.0f} s)")
     if not path.exists():
         raise UserError(f"{path} does not exist: run without --figure-only first")
-    data = pd.read_csv(path)
+    data = read_csv(path, COLUMNS)
     print(table(data))
     save(lambda theme: draw(data, theme), args.output / "figures", "known_graph")
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(tyro.cli(Args, description=__doc__))
-    except UserError as error:
-        print(f"known_graph.py: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -5,6 +5,8 @@ from matplotlib.lines import Line2D
 from plotting import THEMES, new_figure
 
 OBSERVATIONS = ["encoder", "raw", "own"]
+COLUMNS = ["world", "policy", "agents", "observation", "seed", "iteration", "frames", "subset", "c", "true_density"]
+COLUMNS += ["precision", "recall", "spurious_rate", "auc"]  # what table and figure need of the CSV
 
 
 def last(data, **where):

@@ -12,13 +12,17 @@ TABLE is scores, aggregate, seeds, cost, returns, training, density or models. F
 figures/NAME-FIGURE-light.png (and dark, and svg). The tables known_graph-edges and spread_scale-time and the figure
 known_graph are made from the CSVs of those experiments.
 
-The score is the team return (on LBF in [0, 1]: nothing is normalised), or the win rate where there is one. A run's
-final score is its mean over the evaluations in the last 10% of frames (4.5M-5M of 5M, as in the paper). Evaluations are
-aligned by their nominal index, floor(frames / evaluation interval). A run is complete if it is finished and has the
-last evaluation that any run of its task has; only complete runs count. The others are drawn as thin lines, their mean
-pale where a method has no complete run on a task. What training logs to TensorBoard and the CSV keeps (the density of
-a learned graph, in edges per agent besides itself, the models' accuracies, ...) are means over the iterations since the
-evaluation before.
+A row of a grid's CSV is an evaluation of a run (method, task, seed): at how many frames it took place (frames), which
+one it was (evaluation: the whole evaluation intervals in these frames) and when it was due (nominal_frames: evaluation
+times interval); the team's return, its standard deviation, the episodes; and of the run, whether it has finished, and
+its seconds. Evaluations are aligned by nominal_frames; of two with one index, the later one counts.
+
+The score of a task is the win rate if there is one, or else the team return (on LBF in [0, 1]: nothing is normalised).
+A run's final score is its mean over the evaluations in the last 10% of frames (4.5M-5M of 5M, as in the paper). A run
+is complete if it is finished and has the last evaluation that any run of its task has; only complete runs count. The
+others are drawn as thin lines, their mean pale where a method has no complete run on a task. What training logs to
+TensorBoard and the CSV keeps (the density of a learned graph, in edges per agent besides itself, the models'
+accuracies, ...) are means over the iterations since the evaluation before.
 Statistics: Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice" (arXiv 2108.13264).
 """
 
@@ -30,18 +34,24 @@ import math
 import os
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import known_graph_figure
-import matplotlib as mpl
-import numpy as np
-import pandas as pd
-import tyro
-import yaml
-from matplotlib.lines import Line2D
-from plotting import THEMES, new_figure, save
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from errors import UserError, one_sentence
+
+with one_sentence():
+    import known_graph_figure
+    import matplotlib as mpl
+    import numpy as np
+    import pandas as pd
+    import tyro
+    import yaml
+    from matplotlib.lines import Line2D
+    from plotting import THEMES, new_figure, save
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
 KEY = ["method", "task", "seed"]
 SCALARS = {  # of TensorBoard -> column
@@ -55,7 +65,12 @@ SCALARS = {  # of TensorBoard -> column
     "losses/entropy": "policy_entropy",
 }
 DEFAULTS = {"ablation_c": {"mappo_dg": "mappo_dg_c0.9"}}  # in a grid over a setting, the default goes by its value
-COLUMNS = [*KEY, "frames", "return", "return_std", "episodes", "finished", "seconds"]
+RUN_COLUMNS = ["global_step", "evaluation", "nominal_step", "episodic_return", "episodic_return_std", "episodes"]
+COLUMNS = [*KEY, "frames", "evaluation", "nominal_frames", "return", "return_std", "episodes", "finished", "seconds"]
+# What the columns of all CSVs hold, if not a number in every line
+TEXT = dict.fromkeys(["method", "task", "world", "policy", "observation", "subset", "algorithm"], str)
+WHOLE = {"global_step", "evaluation", "nominal_step", "seed", "frames", "nominal_frames", "finished"}  # numbers >= 0
+OPTIONAL = {"seconds", "precision", "recall", "spurious_rate", "auc"}
 # The paper's LBF results (arXiv 2601.21523), read off its figures (about +-0.01): its name of a method, the IQM of the
 # team return at 5M frames over the six tasks [95% interval, where it is legible], the mean over 4.5M-5M on each task.
 PAPER_TASKS = [f"Foraging-{task}-coop-v3" for task in ("8x8-2p-4f", "10x10-2p-3f", "15x15-3p-4f")]
@@ -71,31 +86,97 @@ PAPER = {
 PAPER_FRAMES = 5_000_000
 
 
-class UserError(Exception):
-    """Something the user can put right: reported in one sentence, exit status 2."""
+# READ
+# An older run does not tell its interval, and guesses have lost evaluations: whoever ran it knows
+OLD_RUN = (
+    "; version 0.1.0 wrote none: insert evaluation = global_step // INTERVAL, nominal_step = evaluation * INTERVAL"
+)
+OLD_TABLE = OLD_RUN.replace("global_step", "frames").replace("nominal_step", "nominal_frames")
+
+
+def read_csv(path, columns, text=None):
+    """The CSV (or its text) as a DataFrame; UserError, naming the file, if one of the columns is missing or damaged."""
+    source = path if text is None else io.StringIO(text)
+    names = {"dtype": TEXT, "keep_default_na": False, "na_values": [""]}  # neither "null" nor "007" is a number
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # lines with more fields than the head
+            table = pd.read_csv(source, encoding="utf-8", index_col=False, **names)
+    except (ValueError, pd.errors.ParserWarning) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    for column in columns:
+        if column not in table:
+            older = OLD_TABLE if "frames" in columns else OLD_RUN
+            raise UserError(f"{path} has no column {column}{older * (column == 'evaluation')}")
+        written = table[column]
+        if column not in TEXT:
+            table[column] = pd.to_numeric(written, errors="coerce")
+        wrong = table[column].isna() & (written.notna() | (column not in OPTIONAL))
+        if column in WHOLE:
+            wrong |= (table[column] < 0) | (table[column] % 1 != 0)
+        if wrong.any():
+            raise UserError(f"{path} is damaged: line {wrong.idxmax() + 2} has no proper {column}")
+    return table.astype({column: "int64" for column in columns if column in WHOLE and table[column].dtype == float})
+
+
+def read_evaluations(path):
+    """One run's evaluations.csv with the tidy column names, without the half row that a kill may leave at its end."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    text = text[: text.rfind("\n") + 1] or ",".join(RUN_COLUMNS)
+    optional = [name for name in text.split("\n")[0].split(",") if re.match("win_rate|episodic_return_agent_", name)]
+    table = read_csv(path, RUN_COLUMNS + optional, text)
+    for column in ("global_step", "evaluation", "nominal_step"):
+        if not table[column].is_monotonic_increasing:
+            raise UserError(f"{path} is damaged: its {column} does not increase")
+    table.columns = table.columns.str.replace("episodic_return", "return")
+    return table.rename(columns={"global_step": "frames", "nominal_step": "nominal_frames"})
+
+
+def read_finished(path):
+    """(frames, seconds) of a job's finished.json; (inf, nan) if there is none, UserError if it is damaged."""
+    if not path.exists():
+        return np.inf, np.nan
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        command = record["command"]
+        return int(command[command.index("--total-timesteps") + 1]), float(record["duration_seconds"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def read_scalars(path):
+    """{tag: {step: value}} of the tags in SCALARS in an event file, without the half record that a kill may leave.
+
+    Raises UserError if the file is damaged. TensorBoard's own readers would leave out the rest without a word.
+    """
+    scalars, reader = {tag: {} for tag in SCALARS}, PyRecordReader_New(str(path))
+    try:
+        while True:
+            reader.GetNext()
+            event = Event.FromString(reader.record())
+            for value in event.summary.value:
+                if value.tag in SCALARS:
+                    scalars[value.tag][event.step] = value.simple_value
+    except OutOfRangeError:
+        return scalars
+    except DataLossError as error:
+        if "truncated" in error.message:
+            return scalars
+        raise UserError(f"{path} is damaged: {error.message}") from error
 
 
 # COLLECT
-def read_evaluations(path):
-    """One run's evaluations.csv with the tidy column names, without the half row that a kill may leave at its end."""
-    text = path.read_text()
-    table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1] or "global_step\n"))
-    table.columns = table.columns.str.replace("global_step", "frames").str.replace("episodic_return", "return")
-    missing = [name for name in COLUMNS[3:7] if name not in table and len(table)]
-    if missing:
-        raise UserError(f"{path} is not a run's evaluations.csv: it has no column for {missing[0]}")
-    return table
-
-
 def means_between(folder, frames):
     """{column: (K,) mean of a TensorBoard scalar over the iterations up to each of the K evaluations, or nan}."""
     events = {tag: {} for tag in SCALARS}  # by step, since a resumed run repeats what came after its checkpoint
-    for path in sorted(folder.glob("events.out.tfevents.*")):
+    for path in sorted(folder.glob("events.out.tfevents.*")):  # the order of names is that in which they were begun
         content = path.read_bytes()
         if any(tag.encode() in content for tag in SCALARS):
-            reader = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
-            for tag in set(SCALARS) & set(reader.Tags()["scalars"]):
-                events[tag] |= {event.step: event.value for event in reader.Scalars(tag)}
+            for tag, values in read_scalars(path).items():
+                events[tag] |= values
     means = {}
     for tag, column in SCALARS.items():
         values = pd.Series(events[tag], dtype=float).sort_index()
@@ -103,76 +184,121 @@ def means_between(folder, frames):
     return means
 
 
+def seed_of(folder):
+    """The seed of a folder seed<k>; None for another name, also for seed01, seed1_2 and "seed1 copy"."""
+    match = re.fullmatch("seed(0|[1-9][0-9]*)", folder.name)
+    return int(match[1]) if match and int(match[1]) < 2**64 else None
+
+
+def name_of(path):
+    """The folder's name as UTF-8 whatever the locale, with a question mark for bytes that are not."""
+    return path.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def job_folders(output):
+    """The folders output/<method>/<task>/seed<k>, and whatever else lies beside them or on the way to them."""
+    folders, others = [output], []
+    for depth in range(3):
+        entries = [path for folder in folders for path in sorted(folder.iterdir()) if path.name[0] != "."]
+        folders = [path for path in entries if path.is_dir()]
+        if depth == 2:
+            folders = [path for path in folders if seed_of(path) is not None]
+        others += sorted(set(entries) - set(folders))
+    return folders, others
+
+
+def evaluation_files(job):
+    """The evaluations.csv of a job's runs, at any depth below its folder runs."""
+
+    def fail(error):  # os.walk would leave out what it cannot read
+        raise error
+
+    if not (job / "runs").exists():
+        return []
+    walk = os.walk(job / "runs", onerror=fail, followlinks=True)
+    return sorted(Path(folder, "evaluations.csv") for folder, _, files in walk if "evaluations.csv" in files)
+
+
 def collect(output, methods=None, tasks=None):
     """Tidy table of the runs in output/<method>/<task>/seed<k>/; of a job's run folders, the one that got furthest.
 
-    Without methods and tasks (as the folders are named): all runs. Raises UserError if there is none.
+    Without methods and tasks (as the folders are named): all runs. What lies beside the jobs is named on stderr.
+    Raises UserError if there is no run, or if a file of a run is damaged.
     """
-    runs = []
-    for folder in sorted(output.glob("*/*/seed[0-9]*")):
-        method, task, seed = folder.relative_to(output).parts
+    runs, (folders, others) = [], job_folders(output)
+    if others:
+        names = ", ".join(str(path.relative_to(output)) for path in others[:10]) + ", ..." * (len(others) > 10)
+        print(f"report.py: not METHOD/TASK/seedN, hence ignored: {names}", file=sys.stderr)
+    for folder in folders:
+        method, task = name_of(folder.parents[1]), name_of(folder.parent)
         if (methods and method not in methods) or (tasks and task not in tasks):
             continue
-        tables = [(path.parent, read_evaluations(path)) for path in sorted(folder.glob("runs/**/evaluations.csv"))]
+        tables = [(path.parent, read_evaluations(path)) for path in evaluation_files(folder)]
         tables = sorted((pair for pair in tables if len(pair[1])), key=lambda pair: pair[1]["frames"].max())
-        record = folder / "finished.json"
-        seconds = json.loads(record.read_text())["duration_seconds"] if record.exists() else np.nan
-        job = {"method": method, "task": task, "seed": int(seed.removeprefix("seed"))}
+        goal, seconds = read_finished(folder / "finished.json")
+        if goal < np.inf and not tables:
+            raise UserError(f"{folder} has finished, but holds no evaluations (runs/**/evaluations.csv)")
+        job = {"method": method, "task": task, "seed": np.uint64(seed_of(folder))}
         for run_folder, table in tables[-1:]:
-            finished = record.exists() and not goes_on(table, json.loads(record.read_text())["command"])
+            # two evaluations past the goal: the run was taken up again, to more frames, and has not finished since
+            finished = goal < np.inf and (table["frames"] >= goal).sum() <= 1
             means = means_between(run_folder, table["frames"])
             runs.append(table.assign(**job, finished=int(finished), seconds=np.round(seconds), **means))
     if not runs:
         whose = " of the grid's methods and tasks" if methods else ""
-        raise UserError(f"{output} holds no evaluations{whose} (METHOD/TASK/seed1/runs/*/evaluations.csv)")
+        raise UserError(f"{output} holds no evaluations{whose} (METHOD/TASK/seed1/runs/**/evaluations.csv)")
     return pd.concat(runs, ignore_index=True)
 
 
-def goes_on(table, command):
-    """Has a run that had finished by this command been taken up again, to more frames, and not finished since?"""
-    frames = table["frames"]
-    return frames.max() - int(command[command.index("--total-timesteps") + 1]) >= frames.diff().median()
-
-
 def merge(old, new):
-    """Runs of both tables; of a run in both, the one with more evaluations (at a tie: finished, then new)."""
-    data = pd.concat([old.assign(new=0), new.assign(new=1)], ignore_index=True)
-    reach = data.groupby([*KEY, "new"], as_index=False).agg(frames=("frames", "size"), finished=("finished", "max"))
-    best = reach.sort_values(["frames", "finished", "new"]).drop_duplicates(KEY, keep="last")
+    """Runs of both tables; of a run in both, the one that got further (at a tie: finished, more evaluations, new)."""
+    data = pd.concat([old.astype({"seed": "uint64"}).assign(new=0), new.assign(new=1)], ignore_index=True)
+    reach = {"last": ("nominal_frames", "max"), "finished": ("finished", "max"), "rows": ("frames", "size")}
+    runs = data.groupby([*KEY, "new"], as_index=False).agg(**reach)
+    best = runs.sort_values([*reach, "new"]).drop_duplicates(KEY, keep="last")
     return data.merge(best[[*KEY, "new"]]).drop(columns="new")
 
 
+def write_whole(path, text):
+    """Writes the file as a whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def write(data, path):
-    """Writes the tidy CSV, all or nothing, in an order that keeps diffs small."""
+    """Writes the tidy CSV in an order that keeps diffs small."""
     extra = [name for name in ("win_rate", *SCALARS.values()) if name in data]
     extra += sorted((name for name in data if name.startswith("return_agent_")), key=natural)
     columns = [*COLUMNS, *(name for name in extra if data[name].notna().any())]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    data.sort_values([*KEY, "frames"])[columns].to_csv(temporary, index=False, float_format="%.6g")
-    os.replace(temporary, path)
+    write_whole(path, data.sort_values([*KEY, "frames"])[columns].to_csv(index=False, float_format="%.6g"))
 
 
 # STATISTICS
 def natural(name):
     """Sort key under which 8x8 comes before 10x10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def load(path):
-    """The tidy CSV + score, index (nominal evaluation), nominal (its frames), last (index of the run), complete."""
-    data = pd.read_csv(path)
+    """The tidy CSV + score, last (nominal frames of the run's last evaluation), complete; UserError if damaged."""
+    data = read_csv(path, COLUMNS).sort_values([*KEY, "frames"], ignore_index=True)
     data["method"] = data["method"].replace(DEFAULTS.get(path.stem, {}))
-    data["score"] = data["win_rate"] if "win_rate" in data else data["return"]
-    gap = data.groupby(KEY)["frames"].diff().median()  # the interval, but for an overshoot of less than an iteration
-    nice = np.array([1, 2, 2.5, 5, 10]) * 10 ** np.floor(np.log10(gap)) if gap > 0 else np.array([1])
-    interval = nice[np.abs(np.log(nice / gap)).argmin()]
-    data["index"] = (data["frames"] // interval).astype(int)
-    data["nominal"] = data["index"] * interval
-    data = data.drop_duplicates([*KEY, "index"], keep="last")  # the closing evaluation may lie within an interval
-    data = data.assign(last=data.groupby(KEY)["index"].transform("max"))
+    wins = data["task"].isin(win_rate_tasks(data))
+    data["score"] = np.where(wins, data.get("win_rate", np.nan), data["return"])
+    if data["score"].isna().any():
+        method, task, seed = data.loc[data["score"].isna().idxmax(), KEY]
+        raise UserError(f"{path}: {method} on {task}, seed {seed}, lacks the win_rate that other runs on {task} have")
+    data = data.drop_duplicates([*KEY, "evaluation"], keep="last")  # the closing one may lie within an interval
+    data = data.assign(last=data.groupby(KEY)["nominal_frames"].transform("max"))
     longest = data.groupby("task")["last"].transform("max")
     return data.assign(complete=(data["finished"] == 1) & (data["last"] == longest))
+
+
+def win_rate_tasks(data):
+    """The tasks that have a win rate."""
+    return data.loc[data["win_rate"].notna(), "task"].unique().tolist() if "win_rate" in data else []
 
 
 def ordered(data, column):
@@ -189,7 +315,7 @@ def run_means(rows, column="score"):
 
 def final_scores(data, column="score"):
     """Mean score of each complete run over its evaluations in the last 10% of frames, as `run_means`."""
-    return run_means(data[data["complete"] & (10 * data["index"] >= 9 * data["last"])], column)
+    return run_means(data[data["complete"] & (10 * data["nominal_frames"] >= 9 * data["last"])], column)
 
 
 def score_matrices(data, least=2):
@@ -201,13 +327,30 @@ def score_matrices(data, least=2):
     return {method: matrix for method, matrix in matrices.items() if len(matrix) >= least}
 
 
+def missing_seeds(data):
+    """In words, which seeds `score_matrices` leaves out since they are complete on some tasks only; "" if none.
+
+    A method that was not begun on every task is left out as a whole, and not named.
+    """
+    scores, tasks, lacks = final_scores(data), ordered(data, "task"), {}
+    for method in ordered(data, "method"):
+        if data.loc[data["method"] == method, "task"].nunique() < len(tasks):
+            continue
+        seeds = {task: set(scores[method, task].index) if (method, task) in scores else set() for task in tasks}
+        missing = {label(task): sorted(set.union(*seeds.values()) - seeds[task]) for task in tasks}
+        places = [f"{', '.join(map(str, some))} missing on {task}" for task, some in missing.items() if some]
+        lacks.setdefault(" and ".join(places), []).append(label(method))
+    lacks.pop("", None)
+    details = "; ".join(f"{', '.join(methods)}: {places}" for places, methods in lacks.items())
+    return f"Left out are the seeds that are not finished on every task. {details}." if details else ""
+
+
 def score_curves(data, method):
-    """(R, M, K) scores at the K nominal evaluations that all tasks have, for the runs of `score_matrices`."""
-    rows = data[
-        data["complete"] & (data["method"] == method) & (data["index"] <= data.groupby("task")["last"].max().min())
-    ]
-    table = rows.pivot(index="seed", columns=["task", "index"], values="score").dropna()
-    return np.stack([table[task].to_numpy() for task in ordered(data, "task")], axis=1)
+    """(K) nominal frames of the evaluations that all runs of `score_matrices` have, and their (R, M, K) scores."""
+    tasks, runs = ordered(data, "task"), data[data["complete"] & (data["method"] == method)]
+    table = runs.pivot(index=["seed", "nominal_frames"], columns="task", values="score").reindex(columns=tasks)
+    table = table.dropna().unstack("nominal_frames").dropna(axis=1)  # seeds that all tasks have, then evaluations
+    return table[tasks[0]].columns.to_numpy(), np.stack([table[task].to_numpy() for task in tasks], axis=1)
 
 
 def iqm(scores):
@@ -288,20 +431,23 @@ def label(name):
 
 def score_name(data):
     """What the score is."""
-    return "win rate" if "win_rate" in data else "team return"
+    wins = win_rate_tasks(data)
+    if len(wins) in (0, data["task"].nunique()):
+        return "win rate" if wins else "team return"
+    return f"score (win rate on {', '.join(map(label, wins))}, else team return)"
 
 
 def finished_note(data):
     """How many of the runs are complete, and how long they are."""
     runs = data.groupby(KEY)["complete"].first()
-    frames = sorted(data[data["complete"]].groupby("task")["nominal"].max().unique() / 1e6)
+    frames = sorted(data[data["complete"]].groupby("task")["nominal_frames"].max().unique() / 1e6)
     lengths = f" ({', '.join(f'{f:g}M' for f in frames)} frames)" if frames else ""
     return f"{runs.sum()} of the {len(runs)} runs that were begun have finished{lengths}."
 
 
 def paper_tasks(data):
     """The tasks on which the paper's results are comparable: it has them, and the runs are as long."""
-    frames = data.groupby("task")["nominal"].max()
+    frames = data.groupby("task")["nominal_frames"].max()
     return [task for task in PAPER_TASKS if task in frames and frames[task] == PAPER_FRAMES]
 
 
@@ -356,7 +502,8 @@ def models_table(data):
     if "oracle_recall" in finals:  # the oracle's edges are density * precision / recall of each agent's N - 1 pairs
         columns.append("chance")
         finals["chance"] = {}
-        for (method, task), density in finals["density"].items():
+        for method, task in finals["oracle_recall"]:
+            density = finals["density"][method, task]
             pairs = data.loc[data["task"] == task].filter(like="return_agent_").notna().any().sum() - 1
             precision, recall = (finals[f"oracle_{name}"][method, task] for name in ("precision", "recall"))
             finals["chance"][method, task] = (density * precision / recall / pairs)[recall > 0.01]
@@ -402,13 +549,14 @@ def aggregate_table(data):
     header = ["method", "IQM", *["IQM, paper"] * paper, "median", "mean", "optimality gap", "seeds"]
     note = f"Final {score_name(data)} over {data['task'].nunique()} tasks and the seeds finished on all of them "
     note += f"[95% stratified bootstrap interval, from two seeds on]. {finished_note(data)}"
+    note += f" {missing_seeds(data)}" if missing_seeds(data) else ""
     note += " The paper's IQM is at 5M frames, read off its figure (about ±0.01)." * paper
     return markdown(header, rows, note)
 
 
 def seeds_table(data):
     """Tasks x methods, a column per seed: the mean of the run's last four evaluations."""
-    scores = run_means(data[data["complete"] & (data["index"] > data["last"] - 4)])
+    scores = run_means(data[data["complete"]].groupby(KEY).tail(4))
     seeds, rows = sorted(data["seed"].unique()), []
     for task, method in itertools.product(ordered(data, "task"), ordered(data, "method")):
         if (values := scores.get((method, task))) is not None:
@@ -437,6 +585,8 @@ def cost_table(data):
 TABLES = {"scores": scores_table, "aggregate": aggregate_table, "seeds": seeds_table, "cost": cost_table}
 TABLES |= {"models": models_table, "edges": known_graph_figure.table, "time": scale_table}
 OTHERS = {"known_graph": "edges", "spread_scale": "time"}  # CSVs that are not a grid's -> their table
+OTHER_COLUMNS = {"known_graph": known_graph_figure.COLUMNS, "spread_scale": ["algorithm", "N", "iteration ms"]}
+OTHER_COLUMNS["spread_scale"] += ["ppo_update ms", "multi_agent_gae ms", "process MB", "multi_agent_gae MB"]
 TABLES |= {key: functools.partial(curve_table, key=key) for key in CURVES}
 
 
@@ -455,7 +605,7 @@ def add_legend(figure, look):
     """One legend above all panels, as wide as the figure, which grows by its height."""
     handles = [Line2D([], [], lw=2.2, label=label(method), **line) for method, line in look.items()]
     widest = max(len(handle.get_label()) for handle in handles)
-    rows = math.ceil(len(handles) / int(figure.get_figwidth() * 11 / (widest + 7)))
+    rows = math.ceil(len(handles) / max(1, int(figure.get_figwidth() * 11 / (widest + 7))))
     figure.set_figheight(figure.get_figheight() + 0.23 * rows)
     figure.legend(handles=handles, loc="outside upper center", ncols=math.ceil(len(handles) / rows))
 
@@ -496,10 +646,10 @@ def draw_curves(data, look, column="score", name=None):
         for method, line in look.items():
             runs = data[(data["task"] == task) & (data["method"] == method)]
             for _, run in runs.groupby("seed"):
-                ax.plot(run["nominal"] / 1e6, run[column], lw=0.6, alpha=0.5, **line)
+                ax.plot(run["nominal_frames"] / 1e6, run[column], lw=0.6, alpha=0.5, **line)
             complete = runs["complete"].any()
-            average = runs[runs["complete"] if complete else runs["index"] <= runs["last"].min()]
-            average = average.groupby("nominal")[column].mean()
+            average = runs[runs["complete"] if complete else runs["nominal_frames"] <= runs["last"].min()]
+            average = average.groupby("nominal_frames")[column].mean()
             ax.plot(average.index / 1e6, average, lw=2.2 if complete else 1.2, alpha=1 if complete else 0.5, **line)
     ax.set_xlim(0)  # shared, hence after the last panel: limits end the autoscaling of all
     if data[column].min() >= 0:
@@ -600,13 +750,11 @@ def draw_profile(data, look):
 
 def draw_efficiency(data, look):
     """Sample-efficiency curve: the IQM over tasks and seeds against frames, with 95% bands. Agarwal et al. 2021."""
-    estimates, nominal = {}, np.sort(data["nominal"].unique()) / 1e6
+    estimates = {}
     for method in score_matrices(data):
-        curves = np.moveaxis(score_curves(data, method), -1, 0)  # (K, R, M)
-        estimates[method] = (
-            nominal[: len(curves)],
-            np.stack([estimate(iqm, scores, reps=2000) for scores in curves], axis=1),
-        )
+        nominal, curves = score_curves(data, method)
+        curves = np.moveaxis(curves, -1, 0)  # (K, R, M)
+        estimates[method] = nominal / 1e6, np.stack([estimate(iqm, scores, reps=2000) for scores in curves], axis=1)
     ylabel = f"IQM of {score_name(data)}"
     return draw_bands(estimates, look, xlabel="environment frames (millions)", ylabel=ylabel, ylim=(0, 1))
 
@@ -629,7 +777,7 @@ def draw(grid, data, folder):
     """Saves a grid's figures; those over several tasks only if two methods and two tasks can be compared in [0, 1]."""
     figures = {"curves": draw_curves, "scores": draw_scores}
     for key, (column, name) in CURVES.items():
-        if column in data and ("win_rate" in data or column != "return"):  # otherwise the return is the score
+        if column in data and (win_rate_tasks(data) or column != "return"):  # otherwise the return is the score
             figures[key] = functools.partial(draw_curves, column=column, name=name)
     if len(score_matrices(data)) >= 2 and data["task"].nunique() >= 2 and data["score"].between(0, 1).all():
         figures |= {"aggregate": draw_aggregate, "profile": draw_profile}
@@ -663,14 +811,15 @@ def fill_tables(text, grids):
 
 
 def load_grids(folder):
-    """{name: data} of the tidy CSVs in the folder."""
-    paths = [path for path in sorted(folder.glob("*.csv")) if path.read_text().startswith(",".join(COLUMNS))]
-    return {path.stem: load(path) for path in paths}
+    """{name: data} of the tidy CSVs in the folder; UserError if one of them is damaged."""
+    head = f"{','.join(KEY)},".encode()
+    return {path.stem: load(path) for path in sorted(folder.glob("*.csv")) if path.read_bytes().startswith(head)}
 
 
 def load_others(folder):
-    """{name: data} of the CSVs that are not a grid's but have a table in README."""
-    return {name: pd.read_csv(folder / f"{name}.csv") for name in OTHERS if (folder / f"{name}.csv").exists()}
+    """{name: data} of the CSVs that are not a grid's but have a table in README; UserError if one is damaged."""
+    paths = {name: folder / f"{name}.csv" for name in OTHERS}
+    return {name: read_csv(path, OTHER_COLUMNS[name]) for name, path in paths.items() if path.exists()}
 
 
 @dataclass
@@ -683,36 +832,51 @@ class Args:
     """change nothing; exit 1 if a table in README.md differs from what the CSVs give"""
 
 
+def read_grid(path):
+    """(methods, tasks) of a grid of launch.py, as its folders are named; UserError if the file is no grid."""
+    try:
+        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+        methods = [method["name"] for method in grid["methods"]]
+        return methods, [task["env_id"].replace("/", "_") for task in grid["tasks"]]
+    except (UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a grid of launch.py: {type(error).__name__}: {error}") from error
+
+
 def collect_grid(output, grid, experiments):
     """Merges the runs in the output folder that belong to the grid into its CSV."""
     if not grid or not re.fullmatch(r"\w+", grid):
         raise UserError("--collect needs --grid NAME, a name of letters, digits and underscores")
-    path, definition, wanted = experiments / f"results/{grid}.csv", experiments / f"grids/{grid}.yaml", ()
-    if definition.exists():  # several grids may share an output folder
-        settings = yaml.safe_load(definition.read_text())
-        tasks = [task["env_id"].replace("/", "_") for task in settings["tasks"]]
-        wanted = [method["name"] for method in settings["methods"]], tasks
-    runs = collect(output, *wanted)
-    write(merge(pd.read_csv(path), runs) if path.exists() else runs, path)
+    path, definition = experiments / f"results/{grid}.csv", experiments / f"grids/{grid}.yaml"
+    runs = collect(output, *(read_grid(definition) if definition.exists() else ()))  # grids may share an output folder
+    write(merge(read_csv(path, COLUMNS), runs) if path.exists() else runs, path)
 
 
 def main(args, root):
     """Does what the flags say in the repository at root and returns the exit status; raises UserError."""
     readme, experiments = root / "README.md", root / "experiments"
-    if args.collect:
+    if args.collect is not None:
+        if args.check:
+            raise UserError("--collect and --check are two commands")
         collect_grid(args.collect, args.grid, experiments)
         return 0
+    if args.grid is not None:
+        raise UserError("--grid is for --collect: figures and tables are made of all grids")
     grids, others = load_grids(experiments / "results"), load_others(experiments / "results")
-    old = readme.read_text() if readme.exists() else ""
+    try:
+        old = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{readme} is not UTF-8: {error}") from error
     new = fill_tables(old, grids | others)
     if args.check:
         print("README.md's tables " + ("equal the CSVs" if new == old else "differ: run python experiments/report.py"))
         return int(new != old)
     if new != old:
-        readme.write_text(new)
+        write_whole(readme, new)
     for grid, data in grids.items():
         draw(grid, data, experiments / "figures")
         print(f"{grid}: {finished_note(data)}")
+        if missing_seeds(data):
+            print(f"report.py: {grid}, aggregates over tasks: {missing_seeds(data)}", file=sys.stderr)
     if "known_graph" in others:
         draw_known_graph = functools.partial(known_graph_figure.draw, others["known_graph"])
         save(draw_known_graph, experiments / "figures", "known_graph")
@@ -720,8 +884,6 @@ def main(args, root):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Args, description=__doc__), Path(__file__).resolve().parents[1]))
-    except UserError as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    with one_sentence():
+        status = main(tyro.cli(Args, description=__doc__), Path(__file__).resolve().parents[1])
+    sys.exit(status)

@@ -172,7 +172,8 @@ def test_runs_that_the_csv_has_are_not_run_again(tmp_path, monkeypatch):
     def train(*run):
         made.append(run)
         names = ("world", "policy", "agents", "observation", "seed", "iteration")
-        return [dict(zip(names, run)) | {"frames": 7, "auc": 0.5}]
+        rest = {"frames": 7, "subset": "all", "c": 0.5, "true_density": 0.5, "precision": None, "recall": 0}
+        return [dict(zip(names, run)) | rest | {"spurious_rate": 0, "auc": 0.5}]
 
     monkeypatch.setattr(kg, "train", train)
     monkeypatch.setattr(kg, "plan", lambda seeds: runs)
@@ -188,11 +189,29 @@ def test_runs_that_the_csv_has_are_not_run_again(tmp_path, monkeypatch):
     assert data["observation"].tolist() == kg.OBSERVATIONS and data["auc"].tolist() == [0.75, 0.5, 0.5]
 
 
+@pytest.mark.parametrize(
+    "content, options, words",
+    [
+        ("world,policy\n", {}, "has no column agents"),
+        ("<<<<<<< HEAD\n", {}, "has no column world"),
+        ("", {}, "is damaged: No columns to parse"),
+        (None, {"figure_only": True}, "does not exist"),
+        (None, {"seeds": 0}, "--seeds must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, content, options, words):
+    if content is not None:
+        (tmp_path / "results").mkdir()
+        (tmp_path / "results/known_graph.csv").write_text(content, encoding="utf-8")
+    with pytest.raises(kg.UserError, match=words):
+        kg.main(kg.Args(output=tmp_path, **options))
+
+
 def test_the_table_in_readme_is_that_of_the_committed_runs():
     data = pd.read_csv(ROOT / "experiments" / "results" / "known_graph.csv")
     assert sorted(kg.finished_runs(ROOT / "experiments" / "results" / "known_graph.csv")) == sorted(kg.plan(3))
     text = kg.table(data)
-    assert f"\n{text}\n" in (ROOT / "README.md").read_text()
+    assert f"\n{text}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
     cells = [line.split(" | ") for line in text.splitlines()]
     rows = data[(data["agents"] == 10) & (data["observation"] == "own") & (data["iteration"] == 800)]
     rows = rows[(rows["c"] == 0.9) & (rows["subset"] == "all")]

@@ -6,6 +6,7 @@ environment: `pip install -r experiments/requirements.txt -r tests/requirements-
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,29 +24,52 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 import report  # noqa: E402
 
-HEADER = "global_step,episodic_return,episodic_return_std,episodes"
+HEADER = "global_step,evaluation,nominal_step,episodic_return,episodic_return_std,episodes"
 TASK = "Foraging-8x8-2p-4f-coop-v3"
 
 
 def write_run(
-    output, method, task, seed, returns, *, agents=2, interval=50_000, seconds=None, name="run", win=False, late=0
+    output,
+    method,
+    task,
+    seed,
+    returns,
+    *,
+    agents=2,
+    interval=50_000,
+    seconds=None,
+    name="run",
+    win=False,
+    late=0,
+    frames=None,
 ):
-    """A run folder as the scripts and launch.py leave it; finished if `seconds` is given. Returns the job's folder."""
+    """A run folder as the scripts and launch.py leave it; finished if `seconds` is given. Returns the job's folder.
+
+    The first evaluation is of the untrained policy, the others of the first iteration at or past k * interval, unless
+    their frames are given.
+    """
+    goal = interval * max(1, len(returns) - 1) if frames is None else frames[-1]
+    if frames is None:
+        frames = [k * interval + (k > 0) * ((37 * k + 11 * seed) % 400 + late) for k in range(len(returns))]
     job = output / method / task / f"seed{seed}"
     folder = job / "runs" / name
     folder.mkdir(parents=True)
     lines = [HEADER + ",win_rate" * win + "".join(f",episodic_return_agent_{i}" for i in range(agents))]
-    for k, value in enumerate(returns):
-        frames = k * interval + (k > 0) * (
-            (37 * k + 11 * seed) % 400 + late
-        )  # the first iteration at or past k * interval
-        lines.append(f"{frames},{value},0.25,100" + f",{value}" * win + f",{value / agents}" * agents)
-    (folder / "evaluations.csv").write_text("\n".join(lines) + "\n")
+    for step, value in zip(frames, returns, strict=True):
+        row = f"{step},{step // interval},{step // interval * interval},{value},0.25,100" + f",{value}" * win
+        lines.append(row + f",{value / agents}" * agents)
+    (folder / "evaluations.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if seconds is not None:
-        command = ["--total-timesteps", str(interval * max(1, len(returns) - 1))]
+        command = ["--total-timesteps", str(goal)]
         record = {"command": command, "duration_seconds": seconds, "run_folder": f"runs/{name}", "attempts": 1}
-        (job / "finished.json").write_text(json.dumps(record))
+        (job / "finished.json").write_text(json.dumps(record), encoding="utf-8")
     return job
+
+
+def edit(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def run(root, **args):
@@ -54,10 +78,10 @@ def run(root, **args):
 
 def table_of(root, name):
     """The table that report.py writes into a README with one pair of markers."""
-    (root / "README.md").write_text(f"<!-- report:{name} begin -->\n<!-- report:{name} end -->\n")
+    (root / "README.md").write_text(f"<!-- report:{name} begin -->\n<!-- report:{name} end -->\n", encoding="utf-8")
     results = root / "experiments" / "results"
     grids = report.load_grids(results) | report.load_others(results)
-    text = report.fill_tables((root / "README.md").read_text(), grids)
+    text = report.fill_tables((root / "README.md").read_text(encoding="utf-8"), grids)
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0:1] == "|"]
 
 
@@ -159,7 +183,7 @@ def test_collect_a_restarted_run_a_half_row_and_agents_that_differ(tmp_path):
     output = tmp_path / "output"
     write_run(output, "m", "two", 1, [0, 0.1], name="a_first_try")
     job = write_run(output, "m", "two", 1, [0, 0.2, 0.4], name="b_resumed")
-    with (job / "runs" / "b_resumed" / "evaluations.csv").open("a") as file:
+    with (job / "runs" / "b_resumed" / "evaluations.csv").open("a", encoding="utf-8") as file:
         file.write("150020,0.5")  # killed while writing
     write_run(output, "m", "three", 10, [0, 0.9], agents=3, seconds=60.4)
     write_run(output, "m", "three", 9, [], agents=3)  # started, nothing evaluated yet
@@ -205,11 +229,48 @@ def test_collect_takes_only_the_grids_methods_and_tasks(tmp_path):
         write_run(tmp_path / "output", method, task, 1, [0, 0.5], agents=2 if task == "a" else 3)
     (tmp_path / "experiments" / "grids").mkdir(parents=True)
     grid = "methods: [{name: mappo_dg, script: s.py}]\ntasks: [{env_id: a}]\n"
-    (tmp_path / "experiments" / "grids" / "g.yaml").write_text(grid)
+    (tmp_path / "experiments" / "grids" / "g.yaml").write_text(grid, encoding="utf-8")
     run(tmp_path, collect=tmp_path / "output", grid="g")
     data = pd.read_csv(tmp_path / "experiments" / "results" / "g.csv")
     assert set(zip(data.method, data.task, strict=True)) == {("mappo_dg", "a")}
     assert list(data.columns)[-1] == "return_agent_1"  # no empty column for a task that is not in the grid
+
+
+def write_events(path, values, tag="graph/density"):
+    """An event file {step: value} with this very name, which SummaryWriter does not allow."""
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="needs torch")
+    folder = path.parent / "events"
+    with tensorboard.SummaryWriter(folder) as writer:
+        for step, value in values.items():
+            writer.add_scalar(tag, value, step)
+    (file,) = folder.iterdir()
+    file.rename(path)
+    folder.rmdir()
+
+
+def test_event_files_are_read_in_the_order_of_their_names(tmp_path):
+    """A resumed run repeats what came after its checkpoint; its earlier files are renamed to seconds 0, 1, ..."""
+    folder = write_run(tmp_path / "output", "m", "t", 1, np.zeros(4)) / "runs/run"
+    frames = pd.read_csv(folder / "evaluations.csv")["global_step"].tolist()
+    parts = {
+        "1700000000.b.3.2": 0.75,
+        "0000000001.a.9.1": 0.5,
+        "0000000000.z.10.0": 0.25,
+    }  # the latest is written first
+    for first, (name, value) in zip((2, 1, 0), parts.items()):
+        write_events(folder / f"events.out.tfevents.{name}", {step: value for step in frames[first + 1 :]})
+    assert report.collect(tmp_path / "output")["density"].tolist()[1:] == [0.25, 0.5, 0.75]
+
+
+def test_event_files_are_read_as_tensorboard_reads_them(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    path = tmp_path / "events.out.tfevents.1.host.1.0"
+    write_events(path, {step: step / 7 for step in range(0, 3000, 100)})
+    events = accumulator.EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload().Scalars("graph/density")
+    whole = report.read_scalars(path)["graph/density"]
+    assert whole == {event.step: event.value for event in events} and len(whole) == 30
+    path.write_bytes(path.read_bytes()[:-3])  # killed while writing
+    assert report.read_scalars(path)["graph/density"] == {step: whole[step] for step in range(0, 2900, 100)}
 
 
 @pytest.mark.filterwarnings("error")
@@ -234,21 +295,227 @@ def test_merge_keeps_what_reaches_further_and_what_is_gone(tmp_path):
     }  # as long; ends some frames earlier
 
 
+def test_of_two_copies_that_got_as_far_the_one_with_more_evaluations_stays(tmp_path):
+    for name, rows in (("whole", [0, 1, 2]), ("gap", [0, 2])):
+        frames = [50_000 * k for k in rows]
+        write_run(tmp_path / name, "m", "t", 1, rows, frames=frames, seconds=5)
+        run(tmp_path, collect=tmp_path / name, grid="g")
+    assert pd.read_csv(tmp_path / "experiments/results/g.csv")["return"].tolist() == [0, 1, 2]
+
+
 def test_a_run_that_goes_on_to_more_frames_is_not_finished(tmp_path):
     job = write_run(tmp_path / "output", "m", "t", 1, np.full(11, 0.5), seconds=5)
     assert report.collect(tmp_path / "output")["finished"].eq(1).all()
-    record = (job / "finished.json").read_text()
-    (job / "finished.json").write_text(record.replace("500000", "400000"))
+    edit(job / "finished.json", "500000", "400000")
     assert report.collect(tmp_path / "output")["finished"].eq(0).all()
 
 
 def test_collecting_none_of_the_grids_runs_is_an_error(tmp_path):
     write_run(tmp_path / "output", "m", "t", 1, [0, 1])
     (tmp_path / "experiments" / "grids").mkdir(parents=True)
-    (tmp_path / "experiments" / "grids" / "g.yaml").write_text("{methods: [{name: other}], tasks: [{env_id: t}]}")
+    (tmp_path / "experiments" / "grids" / "g.yaml").write_text(
+        "{methods: [{name: other}], tasks: [{env_id: t}]}", encoding="utf-8"
+    )
     with pytest.raises(report.UserError, match="holds no evaluations of the grid's methods and tasks"):
         run(tmp_path, collect=tmp_path / "output", grid="g")
     assert not (tmp_path / "experiments" / "results").exists()
+
+
+# WHICH EVALUATION A ROW IS
+@pytest.mark.parametrize("interval", [40_000, 30_000, 33_333, 1000, 50_000])
+def test_no_evaluation_is_lost_whatever_the_interval(tmp_path, interval):
+    for task, length in (("t", 21), ("u", 12)):
+        for seed in (1, 2):
+            returns = np.arange(length) / 100
+            write_run(tmp_path / "output", "m", task, seed, returns, interval=interval, seconds=5)
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    data = report.load(tmp_path / "experiments/results/g.csv")
+    assert data["complete"].all() and len(data) == 2 * (21 + 12)
+    run_1 = data[(data["task"] == "t") & (data["seed"] == 1)]
+    assert run_1["nominal_frames"].tolist() == [k * interval for k in range(21)]
+    nominal, curves = report.score_curves(data, "m")  # up to the end of the shorter task
+    assert nominal.tolist() == [k * interval for k in range(12)]
+    assert np.allclose(curves, np.arange(12) / 100)
+    assert table_of(tmp_path, "g-scores")[2] == ["m", "0.19 ± 0.00 (2)", "0.11 ± 0.00 (2)"]
+
+
+def test_runs_with_intervals_of_their_own_are_compared_at_the_frames_that_all_have(tmp_path):
+    for task, seed, interval in (("t", 1, 20_000), ("u", 1, 30_000), ("t", 2, 30_000), ("u", 2, 30_000)):
+        returns = np.arange(0, 300_001, interval) / 1e6
+        write_run(tmp_path / "output", "m", task, seed, returns, interval=interval, seconds=5)
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    data = report.load(tmp_path / "experiments/results/g.csv")
+    assert data["complete"].all()
+    nominal, curves = report.score_curves(data, "m")
+    assert nominal.tolist() == list(range(0, 300_001, 60_000))
+    assert curves.shape == (2, 2, 6) and np.allclose(curves, nominal / 1e6)
+
+
+def test_of_two_evaluations_of_one_index_the_later_one_counts(tmp_path):
+    """Both a closing evaluation within an interval, and that of a run that was taken up again to more frames."""
+    frames = [0, 40_010, 80_020, 99_990, 120_030, 125_000]
+    write_run(tmp_path / "output", "m", "t", 1, [0, 1, 2, 3, 4, 5], interval=40_000, frames=frames, seconds=5)
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    path = tmp_path / "experiments/results/g.csv"
+    assert pd.read_csv(path)["frames"].tolist() == frames
+    data = report.load(path)
+    assert data["return"].tolist() == [0, 1, 3, 5] and data["evaluation"].tolist() == [0, 1, 2, 3]
+    assert table_of(tmp_path, "g-seeds")[2] == ["t", "m", "2.250", "2.250"]  # the last four evaluations
+
+
+def test_files_of_older_versions_are_named_and_not_guessed_at(tmp_path):
+    job = write_run(tmp_path / "output", "m", "t", 1, [0, 1], seconds=5)
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    grid = tmp_path / "experiments/results/g.csv"
+    pd.read_csv(grid).drop(columns=["evaluation", "nominal_frames"]).to_csv(grid, index=False)
+    with pytest.raises(
+        report.UserError, match=r"g\.csv has no column evaluation; .* frames // INTERVAL, nominal_frames"
+    ):
+        run(tmp_path)
+    path = job / "runs/run/evaluations.csv"
+    pd.read_csv(path).drop(columns=["evaluation", "nominal_step"]).to_csv(path, index=False)
+    with pytest.raises(
+        report.UserError, match=r"evaluations\.csv has no column evaluation; .* global_step // INTERVAL"
+    ):
+        run(tmp_path, collect=tmp_path / "output", grid="h")
+
+
+def test_the_committed_evaluations_are_every_50k_frames_on_smaclite_every_25k():
+    for grid, data in report.load_grids(ROOT / "experiments/results").items():
+        interval = 25_000 if grid == "smaclite" else 50_000
+        assert (data["evaluation"] == data["frames"] // interval).all()
+        assert (data["nominal_frames"] == data["evaluation"] * interval).all()
+        assert (data.groupby(report.KEY)["evaluation"].diff().dropna() == 1).all()
+
+
+# WHAT LIES ABOUT
+def test_what_lies_beside_the_runs_is_ignored_and_named(tmp_path, capsys):
+    output = tmp_path / "output"
+    job = write_run(output, "m", "t", 1, [0, 0.5], seconds=5)
+    for name in ("seed1_2", "seed01", "seed1 copy", "seed", "seed1\u0661", "seed18446744073709551616"):
+        shutil.copytree(job, job.parent / name)
+    write_run(output, "a/b", "t", 3, [0, 1])  # a method named a/b
+    (output / "notes.txt").touch()
+    (output / "m" / "notes.txt").touch()
+    (job.parent / "seed7").touch()
+    (output / ".DS_Store").touch()
+    runs = report.collect(output)
+    assert runs["seed"].unique().tolist() == [1] and runs["return"].tolist() == [0, 0.5]
+    warning = capsys.readouterr().err
+    assert warning.startswith("report.py: not METHOD/TASK/seedN, hence ignored: ") and warning.count("\n") == 1
+    names = "notes.txt m/notes.txt a/b/t m/t/seed m/t/seed01 m/t/seed1_2 m/t/seed7 m/t/seed18446744073709551616".split()
+    assert set(warning.strip().split(": ")[-1].split(", ")) == {*names, "m/t/seed1 copy", "m/t/seed1\u0661"}
+
+
+def test_seeds_of_64_bits_and_names_like_numbers_stay_as_they_are(tmp_path):
+    seeds = [3, 2**63 - 1, 2**64 - 1]
+    methods = {"null", "007", "m\u00e4", "\u00b2", "a_name_that_is_longer_than_the_legend_is_wide" * 3}
+    for seed in seeds:  # merged with those before
+        for method in methods:
+            write_run(tmp_path / "output", method, "1e5", seed, [0, 0.5], seconds=5)
+        run(tmp_path, collect=tmp_path / "output", grid="g")
+    data = report.load(tmp_path / "experiments/results/g.csv")
+    assert sorted(data["seed"].unique().tolist()) == seeds and data["task"].unique() == ["1e5"]
+    assert report.score_matrices(data).keys() == methods
+    report.draw_curves(data, report.looks(report.ordered(data, "method"), "light"))
+
+
+def test_runs_may_lie_at_any_depth_and_behind_links(tmp_path):
+    write_run(tmp_path / "output", "m", "t", 1, [0, 1], name="env__a/b__1__2/c")
+    job = write_run(tmp_path / "output", "m", "t", 2, [0, 2])
+    shutil.move(job / "runs/run", tmp_path / "elsewhere")
+    (job / "runs/run").symlink_to(tmp_path / "elsewhere")
+    assert report.collect(tmp_path / "output")["return"].tolist() == [0, 1, 0, 2]
+
+
+def damage_event_file(job):
+    path = job / "runs/run/events.out.tfevents.1.host.1.0"
+    write_events(path, {100: 0.5, 200: 0.5})
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def damaged(name, old, new):
+    def damage(job):
+        edit(job / name, old, new)
+        return job / name
+
+    return damage
+
+
+EVALUATIONS, ROW = "runs/run/evaluations.csv", "\n100000,2,100000,"
+DAMAGE = {
+    "a word in place of a number": damaged(EVALUATIONS, ROW, "\n100000,2,many,"),
+    "half a frame": damaged(EVALUATIONS, ROW, "\n100000.5,2,100000,"),
+    "a row too long": damaged(EVALUATIONS, ROW, "\n100000,2,100000,9,"),
+    "a row too short": damaged(EVALUATIONS, ROW, "\n100000,100000,"),
+    "a row that lacks its end": damaged(EVALUATIONS, ",100,1.0,1.0", ",100,1.0"),
+    "all rows too long": damaged(EVALUATIONS, ",episodic_return_agent_1", ""),
+    "no head": damaged(EVALUATIONS, "global_step,", ""),
+    "frames that decrease": damaged(EVALUATIONS, ROW, "\n10,2,100000,"),
+    "another encoding": lambda job: (job / EVALUATIONS).write_bytes(b"\xff\xfe\n") and job / EVALUATIONS,
+    "half a record": damaged("finished.json", "]", ""),
+    "another record": damaged("finished.json", "command", "order"),
+    "a list": lambda job: (job / "finished.json").write_bytes(b"[1]") and job / "finished.json",
+    "a record without frames": damaged("finished.json", "--total-timesteps", "--frames"),
+    "a flipped bit in the events": damage_event_file,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_of_a_run_is_named(tmp_path, damage):
+    job = write_run(tmp_path / "output", "m", "t", 1, [0, 1, 2, 3], frames=[0, 50_000, 100_000, 150_000], seconds=5)
+    report.collect(tmp_path / "output")
+    path = damage(job)
+    with pytest.raises(report.UserError, match=f"^{path} (is damaged: |has no column )"):
+        report.collect(tmp_path / "output")
+
+
+def test_damage_in_a_grids_csv_is_named(root):
+    path = root / "experiments/results/small.csv"
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(whole.replace("\n", "\n<<<<<<< HEAD\n", 1), encoding="utf-8")  # a conflict of two branches
+    for arguments in ({}, {"collect": root / "output", "grid": "small"}):
+        with pytest.raises(report.UserError, match=f"^{path} is damaged: line 2 has no proper task"):
+            run(root, **arguments)
+    path.write_bytes(whole.encode("utf-16"))
+    with pytest.raises(report.UserError, match=f"^{path} is damaged: "):
+        run(root, collect=root / "output", grid="small")
+
+
+@pytest.mark.parametrize("text", ["methods: [", "methods: [a]\ntasks: []", "[]", "methods: []"])
+def test_a_damaged_grid_is_named(root, text):
+    (root / "experiments/grids").mkdir()
+    path = root / "experiments/grids/small.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(report.UserError, match=f"^{path} is not a grid of launch.py"):
+        run(root, collect=root / "output", grid="small")
+
+
+def test_a_finished_run_without_evaluations_is_named(tmp_path):
+    write_run(tmp_path / "output", "m", "t", 1, [0, 1], seconds=5)
+    job = write_run(tmp_path / "output", "m", "t", 2, [0, 1], seconds=5)
+    (job / EVALUATIONS).unlink()
+    with pytest.raises(report.UserError, match=f"^{job} has finished, but holds no evaluations"):
+        report.collect(tmp_path / "output")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_and_no_missing_run(tmp_path, monkeypatch):
+    """As root one can read everything, hence the patch."""
+    job = write_run(tmp_path / "output", "m", "t", 1, [0, 1])
+    write_run(tmp_path / "output", "m", "t", 2, [0, 1])
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path) == job / "runs/run":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        report.collect(tmp_path / "output")
 
 
 # TABLES
@@ -292,7 +559,8 @@ def test_aggregates_take_only_seeds_complete_on_all_tasks(root):
     data = report.load(root / "experiments" / "results" / "small.csv")
     shapes = {method: scores.shape for method, scores in report.score_matrices(data).items()}
     assert shapes == {"mappo_dg": (3, 2), "mappo_local": (2, 2)}
-    assert report.score_curves(data, "mappo_local").shape == (2, 2, 21)
+    nominal, curves = report.score_curves(data, "mappo_local")
+    assert nominal.tolist() == list(range(0, 1_050_000, 50_000)) and curves.shape == (2, 2, 21)
     header, dg, local = (row for row in table_of(root, "small-aggregate") if row[0] != "---")
     assert header == ["method", "IQM", "median", "mean", "optimality gap", "seeds"]
     assert dg[1].startswith("0.820 [0.81") and dg[-1] == "3"
@@ -322,8 +590,7 @@ def test_paper_is_quoted_for_its_tasks_and_frames_only(tmp_path):
 
 def test_win_rate_is_the_score_where_there_is_one(tmp_path):
     write_run(tmp_path / "output", "m", "MMM", 1, np.full(11, 0.5), interval=10_000, seconds=5, win=True)
-    path = tmp_path / "output/m/MMM/seed1/runs/run/evaluations.csv"
-    path.write_text("\n".join(line.replace(",0.5,0.25", ",12,3", 1) for line in path.read_text().splitlines()) + "\n")
+    edit(tmp_path / "output/m/MMM/seed1/runs/run/evaluations.csv", ",0.5,0.25,100", ",12,3,100")
     run(tmp_path, collect=tmp_path / "output", grid="g")
     assert table_of(tmp_path, "g-scores")[2] == ["m", "0.50 (1)"]
     assert table_of(tmp_path, "g-returns")[2] == ["m", "12.00"]
@@ -332,23 +599,81 @@ def test_win_rate_is_the_score_where_there_is_one(tmp_path):
     assert report.draw_curves(data, {"m": {}}, "return", "team return").axes[0].get_ylim()[1] > 11
 
 
+def test_the_score_is_the_win_rate_on_the_tasks_that_have_one(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / "output", "mappo_dg", TASK, seed, np.full(11, 0.7), seconds=5)
+        job = write_run(tmp_path / "output", "mappo_dg", "MMM", seed, np.full(11, 0.5), seconds=5, win=True)
+        edit(job / EVALUATIONS, ",0.5,0.25,100", ",12,3,100")
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    assert table_of(tmp_path, "g-scores")[2] == ["MAPPO-DG", "0.70 ± 0.00 (2)", "0.50 ± 0.00 (2)"]
+    assert table_of(tmp_path, "g-aggregate")[2][3] == "0.600 [0.600, 0.600]"
+    data = report.load(tmp_path / "experiments/results/g.csv")
+    assert "Final score (win rate on MMM, else team return) (mean" in report.scores_table(data)
+    data = data.assign(density=1.0)  # the oracle is known on LBF alone
+    data.loc[data["task"] == TASK, ["oracle_precision", "oracle_recall"]] = 0.5
+    assert report.models_table(data).splitlines()[3] == "| MMM | MAPPO-DG | 1.00 ± 0.00 | - | - | - |"
+
+
+def test_a_run_without_the_win_rate_that_others_of_its_task_have_is_named(tmp_path):
+    write_run(tmp_path / "output", "m", "MMM", 1, [0, 0.5], win=True)
+    write_run(tmp_path / "output", "m", "MMM", 2, [0, 0.5])
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    with pytest.raises(report.UserError, match=r"g\.csv: m on MMM, seed 2, lacks the win_rate"):
+        run(tmp_path)
+
+
+def test_seeds_that_differ_by_task_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    for method, task, seeds in (("a", "t", (1, 2)), ("a", "u", (2, 3)), ("b", "t", (1,)), ("b", "u", (3,))):
+        for seed in seeds:
+            write_run(tmp_path / "output", method, task, seed, np.full(11, 0.5), seconds=5)
+    write_run(tmp_path / "output", "c", "t", 1, np.full(11, 0.5), seconds=5)  # not begun on u
+    for task in ("t", "u"):
+        write_run(tmp_path / "output", "d", task, 1, np.full(11, 0.5), seconds=5)
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    sentence = "Left out are the seeds that are not finished on every task. "
+    sentence += "a: 3 missing on t and 1 missing on u; b: 3 missing on t and 1 missing on u."
+    sentence = sentence.replace("a: 3 missing on t and 1 missing on u; b: ", "a, b: ")
+    data = report.load(tmp_path / "experiments/results/g.csv")
+    assert report.aggregate_table(data).endswith(sentence)
+    assert [row[0] for row in table_of(tmp_path, "g-aggregate")[2:]] == ["a", "d"]
+    run(tmp_path)
+    assert sentence in capsys.readouterr().err
+    assert report.missing_seeds(data[data["method"].isin(["c", "d"])]) == ""
+
+
 # README
 def test_readme_is_filled_between_markers_and_a_changed_number_is_noticed(root, monkeypatch):
     monkeypatch.setattr(report, "draw", lambda *_: None)
     frame = "# Title\n<!-- report:small-scores begin -->\n{}<!-- report:small-scores end -->\n<!-- other -->\n0.82\n"
     readme = root / "README.md"
-    readme.write_text(frame.format("old\n"))
+    readme.write_text(frame.format("old\n"), encoding="utf-8")
     assert run(root, check=True) == 1
-    assert readme.read_text() == frame.format("old\n")
+    assert readme.read_text(encoding="utf-8") == frame.format("old\n")
     assert run(root) == 0
     start, end = frame.split("{}")
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     assert text.startswith(start + "| method |") and text.endswith(end)
     assert run(root, check=True) == 0
-    readme.write_text(text.replace("0.82 ±", "0.83 ±", 1))
+    readme.write_text(text.replace("0.82 ±", "0.83 ±", 1), encoding="utf-8")
     assert run(root, check=True) == 1
-    readme.write_text(text.replace("# Title", "# Another"))
+    readme.write_text(text.replace("# Title", "# Another"), encoding="utf-8")
     assert run(root, check=True) == 0
+
+
+def test_a_disk_that_is_full_leaves_the_old_readme(root, monkeypatch):
+    readme = root / "README.md"
+    readme.write_text("<!-- report:small-scores begin -->\n<!-- report:small-scores end -->\n", encoding="utf-8")
+    before = readme.read_bytes()
+
+    def write_half(path, text, **_):
+        path.write_bytes(text[:10].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError):
+        run(root)
+    assert readme.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -366,7 +691,7 @@ def test_wrong_markers(root, text, sentence):
 
 
 def test_every_figure_is_drawn_for_light_and_dark_pages(root):
-    (root / "experiments" / "results" / "another.csv").write_text("not,a,grid\n1,2,3\n")
+    (root / "experiments" / "results" / "another.csv").write_text("not,a,grid\n1,2,3\n", encoding="utf-8")
     assert run(root) == 0
     names = {path.name for path in (root / "experiments" / "figures").iterdir() if path.stat().st_size > 5000}
     figures = ("curves", "scores", "aggregate", "profile", "efficiency", "improvement")
@@ -445,21 +770,108 @@ def test_every_panel_shows_all_of_its_curves(tmp_path):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--collect", "nowhere", "--grid", "g"], "nowhere holds no evaluations"),
+        (["--collect", "nowhere", "--grid", "g"], "No such file or directory: 'nowhere'"),
+        (["--collect", "bad/m", "--grid", "g"], "bad/m holds no evaluations"),
+        (["--grid", "g"], "--grid is for --collect"),
+        (["--collect", "bad", "--grid", "g", "--check"], "two commands"),
         (["--collect", "nowhere"], "--collect needs --grid NAME"),
         (["--collect", "nowhere", "--grid", "../g"], "letters, digits and underscores"),
-        (["--collect", "bad", "--grid", "g"], "it has no column for return"),
+        (["--collect", "bad", "--grid", "g"], "evaluations.csv has no column episodic_return"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_status_2(tmp_path, arguments, sentence):
     write_run(tmp_path / "bad", "m", "t", 1, [0, 1])
-    path = tmp_path / "bad/m/t/seed1/runs/run/evaluations.csv"
-    path.write_text(path.read_text().replace("episodic_return,", "reward,"))
+    edit(tmp_path / "bad/m/t/seed1/runs/run/evaluations.csv", "episodic_return,", "reward,")
     command = [sys.executable, str(ROOT / "experiments" / "report.py"), *arguments]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and sentence in result.stderr and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("report.py: ")
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def program(name, *arguments, before="", **settings):
+    """Runs a file of experiments/ as a program, after the lines `before`."""
+    path = ROOT / "experiments" / name
+    code = f"import runpy, sys\nsys.argv[0] = {str(path)!r}\n{before}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    environment = os.environ | {"PYTHONPATH": str(path.parent), "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, **settings)
+
+
+WITHOUT = """
+class Finder:
+    def find_spec(name, *_):
+        if name == {0!r}:
+            raise ModuleNotFoundError("not installed", name=name)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize(
+    "name, package",
+    [
+        ("report.py", "matplotlib"),
+        ("report.py", "yaml"),
+        ("method_figure.py", "matplotlib"),
+        ("watch.py", "matplotlib"),
+        ("watch.py", "torch"),
+        ("known_graph.py", "torch"),
+        ("benchmark.py", "gymnasium"),
+        ("spread_scale.py", "torch"),
+    ],
+)
+def test_a_package_that_is_missing_is_one_sentence(name, package):
+    done = program(name, before=WITHOUT.format(package))
+    requirements = "requirements.txt -r experiments/requirements.txt"
+    sentence = f"{name}: the package {package} is not installed: pip install -r {requirements}\n"
+    assert (done.returncode, done.stderr) == (2, sentence)
+
+
+def test_an_import_that_fails_in_an_edit_keeps_its_traceback():
+    with pytest.raises(ModuleNotFoundError), report.one_sentence():
+        import matplotlib.no_such_part  # noqa: F401
+    with pytest.raises(ImportError), report.one_sentence():
+        from json import no_such_name  # noqa: F401
+
+
+@pytest.mark.parametrize("arguments", [["--check"], ["--help"]])
+def test_a_reader_that_has_gone_is_one_sentence(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = program("report.py", *arguments, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (2, "report.py: the reader of its output has gone\n")
+
+
+def test_closed_output_is_no_error():
+    done = program("report.py", "--check", before="sys.stdout = None", stdout=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_text_is_utf_8_whatever_the_locale(root, tmp_path_factory):
+    """README's own characters survive, and what is read and written with another locale is the same."""
+    name = "mappo_dg_\u03bb"
+    for seed in (1, 2, 3):
+        write_run(root / "output", name, TASK, seed, np.full(21, 0.5), seconds=5)
+    frame = "# \u03bb \u2192 \u00b1\n<!-- report:small-scores begin -->\n<!-- report:small-scores end -->\n"
+    (root / "README.md").write_text(frame, encoding="utf-8")
+    (root / "experiments/grids").mkdir()
+    grid = f"# \u03bb\nmethods: [{{name: {name}}}, {{name: mappo_dg}}]\ntasks: [{{env_id: {TASK}}}]\n"
+    (root / "experiments/grids/small.yaml").write_text(grid, encoding="utf-8")
+    other = tmp_path_factory.mktemp("other") / "root"
+    shutil.copytree(root, other)
+    code = "import sys, pathlib, report; report.draw = lambda *_: None; root = pathlib.Path(sys.argv[1]); "
+    code += "report.main(report.Args(collect=root / 'output', grid='small'), root); report.main(report.Args(), root)"
+    for folder, locale in ((root, {"PYTHONUTF8": "1"}), (other, ASCII)):
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "experiments")} | locale
+        subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, check=True)
+    for path in ("README.md", "experiments/results/small.csv"):
+        content = (root / path).read_bytes()
+        assert content == (other / path).read_bytes() and name.rpartition("_")[2] in content.decode("utf-8")
 
 
 def test_the_repositorys_readme_equals_its_csvs():
-    assert (ROOT / "README.md").read_text().count("\n<!-- report:") >= 6
+    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n<!-- report:") >= 6
     assert run(ROOT, check=True) == 0, "run python experiments/report.py"
