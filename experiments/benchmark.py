@@ -1,34 +1,36 @@
 """Speed and memory of the scripts, as Markdown tables.
 
     python experiments/benchmark.py                # the LBF scripts on one core: some seven minutes
-    python experiments/benchmark.py --end-to-end   # five minutes more: also the speed of whole runs of the scripts
     python experiments/benchmark.py --smaclite     # the SMAClite scripts instead, on two cores: some fifteen minutes
     python experiments/benchmark.py --quick        # a test of the benchmark, its numbers mean little
 
 Seconds are CPU seconds of all threads of a process: on an idle core the same as the clock's. A machine's speed drifts,
 so what is compared is measured in turns, A B A B, and the ratio is taken within each pair: median, smallest..largest.
-What trains here is the scripts' own main loop, stopped at each section; evaluations and checkpoints are not counted.
+What trains here is the scripts' own main(), some of whose functions are wrapped to see when they are called;
+evaluations and checkpoints are not counted.
 "stock" is the lbforaging or smaclite package as installed, stepped with random actions: no networks, no learning.
 Training on SMAClite has its environments in other processes: there, and there alone, seconds are the clock's.
 """
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
 import re
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
+import timeit
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from time import perf_counter, process_time
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from unittest import mock
 
 from errors import UserError, one_sentence
 
@@ -40,13 +42,18 @@ with one_sentence():
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DG, LOCAL = "mappo_dg_lbf.py", "baselines/mappo_local_lbf.py"
+TARGETS = {LOCAL: 1.1, DG: 0.55}  # frames per step of the stock environment in the same time
 TASK, DEFAULT_TASK = "Foraging-15x15-3p-4f-v3", "Foraging-8x8-2p-4f-coop-v3"
 TASKS = [TASK, "Foraging-15x15-4p-3f-v3", "Foraging-10x10-3p-3f-v3"]
 TASKS += [DEFAULT_TASK, "Foraging-10x10-2p-3f-coop-v3", "Foraging-15x15-3p-4f-coop-v3"]
-# the phases of an iteration, and how the line of a script's main loop begins with which each of them begins
-PHASES = {"collect": "# COLLECT", "graph": "# DEPENDENCE GRAPH", "advantages": "# ADVANTAGES"}
-PHASES |= {"policy update": "# UPDATE POLICY AND CRITIC", "model update": "losses |= update_graph_models("}
-PHASES |= {"log": "# LOG"}
+PHASES = {  # of an iteration; each begins with the first call of one of these functions
+    "collect": ["collect"],
+    "graph": ["player_positions", "dependence_graph"],
+    "advantages": ["Critic.forward"],
+    "policy update": ["Batch", "ppo_update"],
+    "model update": ["update_graph_models"],
+    "log": ["episode_charts"],
+}
 SMACLITE, SMACLITE_LOCAL = "mappo_dg_smaclite.py", "baselines/mappo_local_smaclite.py"
 MAPS = ["MMM2", "3s5z_vs_3s6z", "27m_vs_30m"]
 NO_EVALUATION = ["--eval-interval=1000000000", "--eval-episodes=1", "--checkpoint-interval=0"]
@@ -54,15 +61,13 @@ NO_EVALUATION = ["--eval-interval=1000000000", "--eval-episodes=1", "--checkpoin
 LAUNCHER = """import json, resource, subprocess, sys
 done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(json.dumps([done.returncode, done.stdout, done.stderr, used.ru_utime + used.ru_stime, used.ru_maxrss]))"""
+print(json.dumps([done.returncode, done.stdout, done.stderr, used.ru_maxrss]))"""
 
 
 @dataclass
 class Args:
     repeats: int = 15
     """pairs of measurements behind a ratio that has a target"""
-    end_to_end: bool = False
-    """also run the scripts as they are, as subprocesses, to confirm the training speeds"""
     smaclite: bool = False
     """measure the SMAClite scripts instead (needs the package; with the C++ library, too, where it is installed)"""
     quick: bool = False
@@ -71,63 +76,105 @@ class Args:
 
 # WHAT IS MEASURED
 def load(script):
-    """The script as a module whose main() is a generator: it yields (phase, global_step) where each phase begins."""
-    path, lines, found = REPOSITORY / script, [], set()
-    for line in path.read_text(encoding="utf-8").splitlines():
-        for phase, start in PHASES.items():
-            indent, found_here, _ = line.partition(start)
-            if found_here and len(indent) >= 8 and not indent.strip():  # not the title of a section of the file
-                lines.append(f"{indent}yield {phase!r}, global_step")
-                found.add(phase)
-        lines.append(line)
-    missing = PHASES.keys() - found - ({"graph", "model update"} if "local" in script else set())
-    assert not missing, f"{script}: the phases {missing} begin with other lines than PHASES says"
-    module = sys.modules[path.stem] = ModuleType(path.stem)
-    module.__file__ = str(path)
-    exec(compile("\n".join(lines), path, "exec"), module.__dict__)
-    module.tqdm = partial(module.tqdm, file=open(os.devnull, "w", encoding="utf-8"))
-    module.signal = SimpleNamespace(**vars(signal) | {"signal": lambda *_: None})  # Ctrl-C ends the benchmark
+    """The script as a new module, so that what is wrapped in it is wrapped nowhere else."""
+    path = REPOSITORY / script
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
+def wrap(owner, name, before=lambda: None, after=lambda result: None):
+    """Have the function owner.name, if there is one, call before() and after(result)."""
+    function = getattr(owner, name, None)
+
+    def call(*args, **kwargs):
+        before()
+        result = function(*args, **kwargs)
+        after(result)
+        return result
+
+    if function:
+        setattr(owner, name, call)
+
+
 class Training:
-    """A script's main(), iteration by iteration; its run folder is made in the working directory."""
+    """Runs a script's main() in the working directory and takes the time of its phases.
 
-    def __init__(self, module, *task, timer=process_time):
-        task = [f"--exp-name={perf_counter()}", *task, "--total-timesteps=1000000000", *NO_EVALUATION]
-        arguments, sys.argv = sys.argv, [module.__file__, *task]
-        self.loop, self.timer = module.main(), timer
-        with contextlib.redirect_stdout(None):
-            _, self.global_step = next(self.loop)
-        sys.argv = arguments
-        self.iteration()  # the first is slower
+    history   of each iteration a record: seconds of each phase, of waiting for vector environments, and frames
+    pairs     of each turn what was measured before it, and its frames per second
+    """
 
-    def iteration(self):
-        """Train for an iteration -> seconds of each phase."""
-        seconds, phase, start = dict.fromkeys(PHASES, 0.0), "collect", self.timer()
-        while True:
-            following, self.global_step = next(self.loop)
-            end = self.timer()
-            seconds[phase] += end - start
-            phase, start = following, end
-            if phase == "collect":
-                return seconds
+    def __init__(self, module, *options, before=lambda: None, turns=1, least=0.0, iterations=1, timer=process_time):
+        """Train for some turns: call before(), then iterate at least so many seconds and so many times."""
+        self.module, self.timer = module, timer
+        self.history, self.pairs = [], []
+        self.schedule = self.take_turns(before, turns, least, iterations)
+        next(self.schedule)
+        self.new_record()
+        for phase, names in PHASES.items():
+            for owner, _, name in (name.rpartition(".") for name in names):
+                wrap(getattr(module, owner) if owner else module, name, partial(self.begin, phase))
+        wrap(module, "collect", after=lambda rollout: self.add("frames", int(rollout.alive.sum())))
+        wrap(module, "make_vector_env", after=self.watch_environments)
+        module.tqdm = partial(module.tqdm, file=open(os.devnull, "w", encoding="utf-8"))
+        # Ctrl-C ends the benchmark
+        module.StopSignals = lambda: SimpleNamespace(received=None, raised=contextlib.nullcontext)
+        options = [f"--exp-name={perf_counter()}", *options, "--total-timesteps=1000000000", *NO_EVALUATION]
+        with mock.patch.object(sys, "argv", [module.__file__, *options]), contextlib.redirect_stdout(None):
+            module.main()
 
-    def speed(self, least, history=None):
-        """Train for at least so many seconds -> frames per second; the list `history` gets each iteration's seconds."""
-        before, iterations = self.global_step, []
-        while sum(sum(seconds.values()) for seconds in iterations) < least:
-            iterations.append(self.iteration())
-        if history is not None:
-            history += iterations
-        return (self.global_step - before) / sum(sum(seconds.values()) for seconds in iterations)
+    def watch_environments(self, envs):
+        for name in ("reset_async", "reset_wait", "step_async", "step_wait"):
+            wrap(envs, name, partial(self.wait, -1), partial(self.wait, 1))
 
-    def phases(self, least):
-        """Train for three iterations or more, and at least so many seconds -> median ms of each phase."""
-        history = [self.iteration() for _ in range(3)]
-        while sum(sum(seconds.values()) for seconds in history) < least:
-            history.append(self.iteration())
-        return [1000 * median(seconds[phase] for seconds in history) for phase in PHASES]
+    def wait(self, sign, *_):
+        self.add("environment", sign * self.timer())
+
+    def add(self, name, amount):
+        self.record[name] += amount
+
+    def new_record(self):
+        self.record = dict.fromkeys([*PHASES, "environment", "frames"], 0)
+        self.phase, self.since = "collect", self.timer()
+
+    def begin(self, phase):
+        order = list(PHASES)
+        if phase != "collect" and order.index(phase) <= order.index(self.phase):
+            return  # it has begun before: ppo_update, too, calls the critic
+        now = self.timer()
+        self.add(self.phase, now - self.since)
+        self.phase, self.since = phase, now
+        if phase == "collect":
+            try:
+                self.schedule.send(self.record)
+            except StopIteration:
+                raise self.module.Stopped from None  # main() returns
+            self.new_record()
+
+    def take_turns(self, before, turns, least, iterations):
+        yield  # the set-up
+        yield  # the evaluation of the untrained policy
+        first = yield  # slower than the others
+        unseen = [phase for phase in PHASES if not first[phase]]
+        expected = [] if hasattr(self.module, "GraphModels") else ["graph", "model update"]
+        assert unseen == expected, f"{self.module.__file__} calls no function with which {unseen} begin"
+        for _ in range(turns):
+            reference, turn = before(), []
+            while len(turn) < iterations or total(turn, *PHASES) < least:
+                turn.append((yield))
+            self.history += turn
+            self.pairs.append((reference, total(turn, "frames") / total(turn, *PHASES)))
+
+    def milliseconds(self, average=median):
+        """Of each phase, and their sum."""
+        phases = [1000 * average(record[phase] for record in self.history) for phase in PHASES]
+        return [*phases, sum(phases)]
+
+
+def total(history, *names):
+    """Sum of these entries of some records."""
+    return sum(record[name] for record in history for name in names)
 
 
 def lbf_task(env_id):
@@ -195,35 +242,9 @@ def random_actions(mask, rng):
     return np.where(mask, scores, -1.0).argmax(1).tolist()
 
 
-class EnvironmentTime:
-    """Wraps the vector environments that a script makes, to add up the seconds in which it waits for them."""
-
-    def __init__(self, module):
-        self.seconds, make_vector_env = 0.0, module.make_vector_env
-        module.make_vector_env = lambda args: self.watch(make_vector_env(args))
-
-    def watch(self, envs):
-        for name in ("reset_async", "reset_wait", "step_async", "step_wait"):
-            setattr(envs, name, self.timed(getattr(envs, name)))
-        return envs
-
-    def timed(self, function):
-        def call(*args, **kwargs):
-            start = perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += perf_counter() - start
-
-        return call
-
-
-def calls(function, args, least):
-    """Call the function for at least so many CPU seconds -> calls per CPU second."""
-    count, start = 0, process_time()
-    while (seconds := process_time() - start) < least or not count:
-        function(*args)
-        count += 1
+def calls(function, args):
+    """Call the function for 0.2 CPU seconds or more -> calls per CPU second."""
+    count, seconds = timeit.Timer(partial(function, *args), timer=process_time).autorange()
     return count / seconds
 
 
@@ -257,32 +278,27 @@ def synthetic(T, N, least):
     module, E, D, alive = load(DG), 10, 3 * (N + 4), torch.ones(T, 10, dtype=torch.bool)
     obs, actions = torch.randint(15, (T + 1, E, N, D)).float(), torch.randint(6, (T, E, N))
     logprobs, rewards = torch.full((T, E, N), 1 / 6).log(), torch.rand(T, E, N) / 100
+    rollout = module.Rollout(obs, actions, logprobs, rewards, ~alive, alive)
     env = SimpleNamespace(n_agents=N, _max_episode_steps=T, observation_space=[torch.empty(D)])
     env.action_space = [SimpleNamespace(n=6)]
     env.players = [SimpleNamespace(history=cells) for cells in torch.randint(15, (N, T + 1, 2)).tolist()]
+    env.get_state = lambda: None
     module.make_env = lambda *_: env
-    module.collect = lambda *_: (obs, actions, logprobs, rewards, ~alive, alive)
-    print(json.dumps(Training(module, *lbf_task(DEFAULT_TASK)).phases(least)))
+    module.collect = lambda *_: rollout
+    print(json.dumps(Training(module, *lbf_task(DEFAULT_TASK), least=least, iterations=3).milliseconds()))
 
 
 def run(*arguments):
-    """Run python with these arguments in the working directory -> stdout, CPU seconds, peak memory in MB."""
+    """Run python with these arguments in the working directory -> stdout, peak memory in MB."""
     variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", LAUNCHER, sys.executable, *map(str, arguments)]
     output = subprocess.run(command, env=os.environ | variables, stdout=subprocess.PIPE, check=True).stdout
-    status, stdout, stderr, seconds, memory = json.loads(output)
+    status, stdout, stderr, memory = json.loads(output)
     if status == 2:
         raise UserError(stderr)
     if status:
         raise RuntimeError(stderr or f"status {status}: out of memory?")
-    return stdout, seconds, memory / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def whole_runs(script, frames):
-    """Frames per CPU second of a script as it is, run without evaluations: of a long run minus a short one."""
-    command = [REPOSITORY / script, f"--env-id={TASK}", "--no-winner-take-all", *NO_EVALUATION]
-    short, long = (run(*command, f"--total-timesteps={total}")[1] for total in (2000, 2000 + frames))
-    return frames / (long - short)
+    return stdout, memory / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # TABLES
@@ -299,10 +315,9 @@ def table(title, header, rows):
     print(f"\n### {title}\n\n" + "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines), flush=True)
 
 
-def in_turns(reference, *others, repeats):
-    """Speeds in turns, reference, other, reference, next other, ... -> for each other its (reference, other) pairs."""
-    turns = [[(reference(), other()) for other in others] for _ in range(repeats)]
-    return list(zip(*turns))
+def in_turns(reference, other, repeats):
+    """Speeds in turns: reference, other, reference, ... -> pairs (reference, other)."""
+    return [(reference(), other()) for _ in range(repeats)]
 
 
 def reached(value, target, low_is_good=False):
@@ -323,29 +338,24 @@ def main_smaclite(args):
     maps, size = (MAPS[:1], ["--num-envs=2"]) if args.quick else (MAPS, [])
     print_machine("two")
     ratio = ["ratio", "smallest..largest", "target", "reached"]
-    modules = {SMACLITE: load(SMACLITE), SMACLITE_LOCAL: load(SMACLITE_LOCAL)}
+    module = load(SMACLITE)
 
     for library in ["numpy", "C++"] if importlib.util.find_spec("rvo2") else ["numpy"]:
         rows = []
         for name in maps:
-            [pairs] = in_turns(*smaclite_players(modules[SMACLITE], name, library == "C++", steps), repeats=repeats)
+            pairs = in_turns(*smaclite_players(module, name, library == "C++", steps), repeats=repeats)
             rows.append(comparison(name, pairs, 1.4 if library == "numpy" else None, text="{:,.1f}".format))
         table(f"SMAClite, environment steps/s, collisions by {library}", ["map", "stock", "ours", *ratio], rows)
 
     rows, phases = [], []
-    stock, _ = smaclite_players(modules[SMACLITE], maps[0], False, steps, timer=perf_counter)
-    for script, module in modules.items():
-        waiting = EnvironmentTime(module)
-        training = Training(module, f"--env-id={maps[0]}", "--num-workers=2", *size, timer=perf_counter)
-        waiting.seconds, history, pairs = 0.0, [], []
-        for _ in range(repeats):
-            pairs.append((stock(), training.speed(least, history)))
-        seconds = {phase: sum(iteration[phase] for iteration in history) for phase in PHASES}
-        total = sum(seconds.values())
-        rows.append(
-            [*comparison(script, pairs, 1.8, text="{:,.1f}".format), f"{100 * (1 - waiting.seconds / total):.0f} %"]
-        )
-        phases.append([script, *(f"{1000 * x / len(history):.0f}" for x in [*seconds.values(), total])])
+    stock, _ = smaclite_players(module, maps[0], False, steps, timer=perf_counter)
+    turns = {"before": stock, "turns": repeats, "least": least, "timer": perf_counter}
+    for script in (SMACLITE, SMACLITE_LOCAL):
+        training = Training(load(script), f"--env-id={maps[0]}", "--num-workers=2", *size, **turns)
+        outside = 1 - total(training.history, "environment") / total(training.history, *PHASES)
+        row = comparison(script, training.pairs, 1.8, text="{:,.1f}".format)
+        rows.append([*row, f"{100 * outside:.0f} %"])
+        phases.append([script, *(f"{ms:.0f}" for ms in training.milliseconds(mean))])
     header = ["script", "stock steps/s", "frames/s", *ratio, "time outside the environment"]
     table(f"Training frames/s with two workers against one stock environment, {maps[0]}", header, rows)
     table(f"Phases of an iteration (10 episodes of {maps[0]}), ms", ["script", *PHASES, "sum"], phases)
@@ -357,25 +367,26 @@ def main(args):
     repeats, least, steps = (2, 0.05, 200) if args.quick else (args.repeats, 0.5, 4000)
     print_machine("one")
     ratio = ["ratio", "smallest..largest", "target", "reached"]
-    dg, local = load(DG), load(LOCAL)
+    dg = load(DG)
 
     rows = []
     for task in TASKS:
-        [pairs] = in_turns(*players(task, dg.make_env, steps), repeats=repeats if task == TASK else min(repeats, 5))
+        pairs = in_turns(*players(task, dg.make_env, steps), repeats=repeats if task == TASK else min(repeats, 5))
         rows.append(comparison(task, pairs, 4 if task == TASK else None))
     table("Environment steps/s (without winner-take-all)", ["task", "stock", "ours", *ratio], rows)
 
-    stock, targets, header = players(TASK, dg.make_env, steps)[0], {LOCAL: 1.1, DG: 0.55}, ["script", "stock steps/s"]
-    speeds = in_turns(
-        stock, *(partial(Training(m, *lbf_task(TASK)).speed, least) for m in (local, dg)), repeats=repeats
-    )
-    rows = [comparison(script, pairs, targets[script]) for script, pairs in zip(targets, speeds)]
-    table(f"Training frames/s against environment steps/s, {TASK}", [*header, "frames/s", *ratio], rows)
+    rows = []
+    stock, _ = players(TASK, dg.make_env, steps)
+    for script, target in TARGETS.items():
+        training = Training(load(script), *lbf_task(TASK), before=stock, turns=repeats, least=least)
+        rows.append(comparison(script, training.pairs, target))
+    header = ["script", "stock steps/s", "frames/s", *ratio]
+    table(f"Training frames/s against environment steps/s, {TASK}", header, rows)
 
     rows = []
     for T, E, N, target in ((50, 10, 3, 15), (150, 10, 10, 25)):
         data, functions = episodes(T, E, N), (double_loop, dg.multi_agent_gae)
-        [pairs] = in_turns(*(partial(calls, function, data, least / 2) for function in functions), repeats=repeats)
+        pairs = in_turns(*(partial(calls, function, data) for function in functions), repeats=repeats)
         row = comparison((T, E, N), pairs, target, text=lambda speed: f"{1000 / speed:.2f}")
         difference = (double_loop(*data) - dg.multi_agent_gae(*data)).abs().max().item()
         rows.append([*row, f"{difference:.0e}", reached(difference, 1e-4, low_is_good=True)])
@@ -383,28 +394,21 @@ def main(args):
     table("multi_agent_gae against its definition", header, rows)
 
     rows = []
-    for script, module, task in ((s, m, t) for s, m in ((DG, dg), (LOCAL, local)) for t in (DEFAULT_TASK, TASK)):
-        phases = Training(module, *lbf_task(task)).phases(4 * least)
-        rows.append([script, task, *(f"{ms:.1f}" for ms in phases), f"{sum(phases):.1f}"])
+    for script, task in itertools.product((DG, LOCAL), (DEFAULT_TASK, TASK)):
+        training = Training(load(script), *lbf_task(task), least=4 * least, iterations=3)
+        rows.append([script, task, *(f"{ms:.1f}" for ms in training.milliseconds())])
     table("Phases of an iteration (10 episodes), ms", ["script", "task", *PHASES, "sum"], rows)
     print(f"\nUp to here the process had {100 * (process_time() - cpu) / (perf_counter() - clock):.0f} % of a core.")
 
-    if args.end_to_end:
-        runs = [partial(whole_runs, script, 5000 if args.quick else 50_000) for script in targets]
-        speeds = in_turns(stock, *runs, repeats=1 if args.quick else min(repeats, 5))
-        rows = [comparison(script, pairs, targets[script]) for script, pairs in zip(targets, speeds)]
-        table(f"The same from whole runs of the scripts, {TASK}", ["script", "stock steps/s", "frames/s", *ratio], rows)
-
-    memory = run(REPOSITORY / DG, f"--total-timesteps={500 if args.quick else 20_000}")[2]
+    _, memory = run(REPOSITORY / DG, f"--total-timesteps={500 if args.quick else 20_000}")
     row = [DG, f"{memory:.0f} MB", "< 1000 MB", reached(memory, 1000, low_is_good=True)]
     table("Peak memory, default task", ["script", "peak", "target", "reached"], [row])
 
     rows, sizes = [], [(50, N) for N in (2, 4, 8, 16, 32, 64)] + [(T, 3) for T in (25, 50, 100, 200)]
     for T, N in [(50, 2), (25, 3)] if args.quick else sizes:
         try:
-            output, _, memory = run("-c", f"import benchmark; benchmark.synthetic({T}, {N}, {2 * least})")
-            phases = json.loads(output)
-            rows.append([T, N, *(f"{ms:.1f}" for ms in [*phases[1:], sum(phases)]), f"{memory:.0f}"])
+            output, memory = run("-c", f"import benchmark; benchmark.synthetic({T}, {N}, {2 * least})")
+            rows.append([T, N, *(f"{ms:.1f}" for ms in json.loads(output)[1:]), f"{memory:.0f}"])
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise

@@ -150,12 +150,18 @@ def train_policy(world, num_agents, iterations, rng):
         obs, terminated = own_features(data.obs), torch.zeros_like(data.alive)
         terminated[-1] = True
         with torch.no_grad():
-            experience = data.rewards, critic(obs), terminated, data.alive
-        returns = dg.gae(*experience, args.gamma, args.gae_lambda) + experience[1][:-1]
+            values = critic(obs)
+        experience = (data.rewards, values, terminated, data.alive)
+        value_targets = dg.gae(*experience, args.gamma, args.gae_lambda) + values[:-1]
         advantages = dg.multi_agent_gae(*experience, data.edges, args.gamma, args.gae_lambda)
-        logprobs = data.policy.gather(-1, data.actions.unsqueeze(-1)).squeeze(-1)
-        batch = [x.flatten(0, 1) for x in (obs[:-1], data.actions, logprobs, advantages, returns)]
-        dg.ppo_update(actor, critic, *optimizers, *batch, args)
+        batch = dg.Batch(
+            obs=obs[:-1].flatten(0, 1),
+            actions=data.actions.flatten(0, 1),
+            logprobs=data.policy.gather(-1, data.actions.unsqueeze(-1)).squeeze(-1).flatten(0, 1),
+            advantages=advantages.flatten(0, 1),
+            value_targets=value_targets.flatten(0, 1),
+        )
+        dg.ppo_update(actor, critic, *optimizers, batch, args)
     return actor
 
 
@@ -182,10 +188,11 @@ def measure(models, world, obs, data):
 
     The subsets are those of the unseen world: is i shown to j before and after the step?
     """
-    _, predictor, reverse = models(obs, data.alive)  # (B, N, A), (B, N, N, A)
+    logits = models(obs, data.alive)
+    predictor, reverse = logits.action_predictor, logits.reverse_model  # (B, N, A), (B, N_i, N_j, A)
     N = predictor.shape[1]
     between = ~np.eye(N, dtype=bool)
-    entropies = [torch.distributions.Categorical(logits=x).entropy() for x in (predictor, reverse)]
+    entropies = [dg.entropy(x) for x in (predictor, reverse)]
     truth = true_entropies(world, data.policy.flatten(0, 1), data.edges.flatten(0, 1))
     errors = [(learned - true).abs().numpy() for learned, true in zip(entropies, truth)]
     score = -(entropies[1] / entropies[0].unsqueeze(-1).clamp(min=1e-9)).numpy()

@@ -126,9 +126,9 @@ def load_checkpoint(path):
 @torch.no_grad()
 def entropy_ratios(script, models, obs, alive, c):
     """Entropy ratio and learned graph, both (B, N_i, N_j) as numpy arrays; obs (T+1, E, N, D), alive (T, E)."""
-    _, predictor, reverse = models(obs, alive)
-    graph, _ = script.learned_graph(predictor, reverse, c)
-    entropy, reverse_entropy = (torch.distributions.Categorical(logits=x).entropy() for x in (predictor, reverse))
+    logits = models(obs, alive)
+    graph, _ = script.learned_graph(logits.action_predictor, logits.reverse_model, c)
+    entropy, reverse_entropy = script.entropy(logits.action_predictor), script.entropy(logits.reverse_model)
     return (reverse_entropy / entropy.unsqueeze(-1)).numpy(), graph.numpy()
 
 
@@ -154,7 +154,7 @@ def restore(checkpoint):
         actor, models = script.AgentNetwork(D, env.n_agents, args.hidden_dim, A), None
         actor.load_state_dict(checkpoint["actor"])
         if getattr(args, "graph", None) == "learned":
-            models = script.GraphModels(D, A, args.encoder)
+            models = script.GraphModels(D, A, args.encoder, args.bf16)
             models.load_state_dict(checkpoint["models"])
     except (script.UserError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -168,7 +168,8 @@ def play(checkpoint, episodes, seed):
     seeds = np.random.SeedSequence(seed).generate_state(episodes)
     envs = [Recorder(script.make_env(args.env_id, args.winner_take_all, s)) for s in seeds]
     torch.manual_seed(seed)
-    obs, actions, _, rewards, _, alive = script.collect(envs, actor, "cpu", args.eval_greedy)
+    rollout = script.collect(envs, actor, "cpu", args.eval_greedy)
+    obs, actions, rewards, alive = rollout.obs, rollout.actions, rollout.rewards, rollout.alive
     best = max(range(episodes), key=lambda e: (round(rewards[:, e].sum().item(), 4), -alive[:, e].sum().item()))
     env, T = envs[best], int(alive[:, best].sum())
     positions, ratio, graph = np.array(env.positions), None, None
@@ -342,7 +343,8 @@ def draw_meeting_times(episode, theme):
     T, N = episode.rewards.shape
     figure, axes = new_figure(1, len(graphs), 3.4 * len(graphs), 3.4)
     for ax, (name, graph) in zip(axes.flat, graphs.items()):
-        times = load_script("mappo_dg_lbf").meeting_times(torch.from_numpy(graph).unsqueeze(1), torch.ones(T, 1))
+        alive = torch.ones((T, 1), dtype=torch.bool)
+        times = load_script("mappo_dg_lbf").meeting_times(torch.from_numpy(graph).unsqueeze(1), alive)
         met = times[0, 0].numpy()
         ax.imshow(np.minimum(met, T), cmap="cividis_r", vmin=0, vmax=T)
         for (i, j), m in np.ndenumerate(met):

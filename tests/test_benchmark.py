@@ -101,5 +101,63 @@ def test_the_same_games_for_stock_and_ours():
     assert len(masks) == 400 and all((a == b).all() for a, b in zip(masks[:200], masks[200:]))
 
 
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    import benchmark
+
+    yield benchmark
+    for name in ("mappo_dg_lbf", "mappo_local_lbf"):
+        sys.modules.pop(name, None)  # the wrapped one
+
+
+@pytest.mark.parametrize("script, absent", [("DG", []), ("LOCAL", ["graph", "model update"])])
+def test_the_phases_of_an_iteration_take_the_time_of_what_is_called_in_them(benchmark, script, absent):
+    """Every reading of this clock is a second after the one before, and 100 seconds pass in each of the functions."""
+    module = benchmark.load(getattr(benchmark, script))
+    now, before = [0], []
+    slow = {
+        "collect": module,
+        "player_positions": module,
+        "forward": module.Critic,
+        "ppo_update": module,
+        "update_graph_models": module,
+        "log_scalars": module,
+    }
+    calls = dict(zip(slow, (1, 1, 1 + 4, 1, 1, 1)))  # the critic's other calls are those of ppo_update's epochs
+    names = dict(zip(slow, benchmark.PHASES))
+    for name, owner in slow.items():
+        benchmark.wrap(owner, name, lambda: now.__setitem__(0, now[0] + 100))
+
+    def clock():
+        now[0] += 1
+        return now[0]
+
+    training = benchmark.Training(
+        module, "--num-envs=2", before=lambda: before.append(now[0]) or len(before), turns=2, iterations=3, timer=clock
+    )
+    assert len(training.history) == 6 and [reference for reference, _ in training.pairs] == [1, 2]
+    expected = {names[name]: 100 * count for name, count in calls.items()}
+    expected["advantages"] = 100
+    expected["policy update"] += 400
+    for record in training.history:
+        for phase in benchmark.PHASES:
+            if phase in absent:
+                assert record[phase] == 0
+            else:
+                assert expected[phase] < record[phase] < expected[phase] + 50, phase
+    frames = sum(record["frames"] for record in training.history[3:])
+    assert 6 <= frames <= 2 * 3 * 50
+    seconds = sum(record[phase] for record in training.history[3:] for phase in benchmark.PHASES)
+    assert training.pairs[1][1] == frames / seconds
+
+
+def test_a_phase_that_never_begins_is_an_error(benchmark, monkeypatch):
+    monkeypatch.setitem(benchmark.PHASES, "log", ["a_function_that_has_another_name_now"])
+    with pytest.raises(AssertionError, match="log"):
+        benchmark.Training(benchmark.load(benchmark.DG), "--num-envs=2")
+
+
 def test_says_on_what_it_was_measured(output):
     assert re.match(r".+, \d+ cores, of which one is used; \w+, Python 3\.\d+\.\d+, torch \d+\.\d+", output)
