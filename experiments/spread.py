@@ -14,14 +14,17 @@ Axes are (T, E, N, ...): time step, environment, agent. A pair is (..., i, j): i
 B: all steps in one row; D: observation size; A: actions.
 """
 
+import contextlib
+import csv
 import io
 import os
 import re
 import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -188,20 +191,23 @@ class RunningStandardisation(nn.Module):
 
 # NETWORKS
 class AgentNetwork(nn.Module):
-    """Two hidden layers on [x, one-hot agent id], shared by all agents: x (..., N, in_dim) -> (..., N, out_dim).
+    """Two hidden layers on [x, one-hot agent id], shared by all: x (..., N, in_dim) -> (..., N, out_dim).
 
-    The first is W x + U[agent], so that an x common to all agents, (..., 1, in_dim), is not repeated for each of them.
+    The first layer is W x + U[agent]: an x common to all agents, (..., 1, in_dim), need not be repeated.
     """
 
     def __init__(self, in_dim, num_agents, hidden_dim, out_dim):
         super().__init__()
-        self.input, self.agent_id = nn.Linear(in_dim, hidden_dim), nn.Embedding(num_agents, hidden_dim)
-        nn.init.uniform_(self.agent_id.weight, -((in_dim + num_agents) ** -0.5), (in_dim + num_agents) ** -0.5)
-        self.hidden, self.output = nn.Linear(hidden_dim, hidden_dim), nn.Linear(hidden_dim, out_dim)
+        bound = (in_dim + num_agents) ** -0.5  # of U, as for a linear layer on [x, one-hot agent id]
+        self.input = nn.Linear(in_dim, hidden_dim)
+        self.agent_id = nn.Parameter(torch.empty(num_agents, hidden_dim).uniform_(-bound, bound))
+        self.hidden = nn.Linear(hidden_dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, x):
-        x = torch.relu(self.input(x) + self.agent_id.weight)
-        return self.output(torch.relu(self.hidden(x)))
+        x = torch.relu(self.input(x) + self.agent_id)
+        x = torch.relu(self.hidden(x))
+        return self.output(x)
 
 
 class OwnCritic(AgentNetwork):
@@ -233,56 +239,67 @@ def make_networks(args, env):
 def gae(rewards, values, terminated, alive, gamma, gae_lambda):
     """Every agent's own generalized advantage estimate (Schulman et al. 2016) over whole, padded episodes.
 
-    rewards (T, E, N), values (T+1, E, N), terminated and alive (T, E) -> (T, E, N), 0 in the padding. An episode that
-    ends without `terminated` bootstraps from the value after its last step.
+    rewards (T, E, N), values (T+1, E, N), terminated and alive (T, E) bool -> (T, E, N), 0 in the padding.
+    An episode that ends without `terminated` bootstraps from the value after its last step.
     """
-    alive, terminated = alive.bool().unsqueeze(-1), terminated.bool().unsqueeze(-1)  # (T, E, 1)
-    next_values = values[1:].masked_fill(terminated, 0.0)
-    deltas = (rewards + gamma * next_values - values[:-1]).masked_fill(~alive, 0.0)
-    discounts = gamma * gae_lambda * (alive & ~terminated).to(deltas.dtype)
-    advantages = torch.zeros_like(deltas)
-    last = torch.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        last = torch.addcmul(deltas[t], discounts[t], last, out=advantages[t])
+    advantages = torch.zeros_like(rewards)
+    last_advantage = torch.zeros_like(rewards[0])  # (E, N)
+    for t in reversed(range(len(rewards))):
+        next_values = values[t + 1].masked_fill(terminated[t].unsqueeze(-1), 0.0)
+        delta = rewards[t] + gamma * next_values - values[t]
+        last_advantage = last_advantage.masked_fill(terminated[t].unsqueeze(-1), 0.0)
+        last_advantage = delta + gamma * gae_lambda * last_advantage
+        last_advantage = last_advantage.masked_fill(~alive[t].unsqueeze(-1), 0.0)
+        advantages[t] = last_advantage
     return advantages
 
 
 def meeting_times(graph, alive):
-    """First time m >= t at which something that i did at t can have reached j, along edges of t, t+1, ..., m.
+    """First m >= t at which the effect of i's action at t can have reached j, along edges of t, t+1, ..., m.
 
-    graph (T, E, N, N) bool, alive (T, E) -> (T, E, N_i, N_j) float, inf if the episode ends before. An edge i -> j at t
-    gives m_t[i, j] = t; otherwise m_t[i, j] = min over k with an edge i -> k of m_t+1[k, j]: one backward sweep.
+        m_t[i, j] = t                                              if there is an edge i -> j at t
+        m_t[i, j] = min over k with an edge i -> k of m_t+1[k, j]  otherwise (k = i: wait)
+
+    graph (T, E, N, N) bool, alive (T, E) bool -> (T, E, N_i, N_j) float, inf if the episode ends before.
     """
     T, E, N, _ = graph.shape
     eye = torch.eye(N, dtype=torch.bool, device=graph.device)
-    edges = (graph.bool() | eye) & alive.bool()[..., None, None]
-    # adding inf where there is no edge i -> k leaves the minimum to the k that i influences
-    penalty = torch.zeros(edges.shape, device=graph.device).masked_fill(~edges, torch.inf).unsqueeze(-1)
+    edges = (graph | eye) & alive[..., None, None]
     times = torch.empty(edges.shape, device=graph.device)
-    following = torch.full((E, N, N), torch.inf, device=graph.device)  # m_t+1[k, j]
+    next_times = torch.full((E, N, N), torch.inf, device=graph.device)  # m_t+1[k, j]
     for t in reversed(range(T)):
-        following.diagonal(dim1=-2, dim2=-1).fill_(t)  # via k = j: an edge i -> j now
-        following = (penalty[t] + following.unsqueeze(-3)).amin(-2)
-        times[t] = following
+        next_times.diagonal(dim1=-2, dim2=-1).fill_(t)  # an edge i -> j, with k = j, gives t itself
+        # (E, N_i, N_k, N_j)
+        through_k = torch.where(edges[t].unsqueeze(-1), next_times.unsqueeze(-3), torch.inf)
+        next_times = through_k.amin(-2)
+        times[t] = next_times
     return times
 
 
 def multi_agent_gae(rewards, values, terminated, alive, graph, gamma, gae_lambda, soft=True):
-    """Advantage of agent i: the TD errors of every agent j, counted from the first meeting time of i and j.
+    """Advantage of agent i: every agent j's TD errors delta^j from the first meeting m = m_t[i, j] on.
 
-        hard: A^i_t = sum_j (gamma lambda)^(m - t) GAE^j_m with m = m_t[i, j], 0 if they never meet
-        soft: (1 - lambda) sum_j GAE^j_t + lambda * hard
+        A^i_t = sum_j sum_{l >= t} (gamma lambda)^(l - t) w_l delta^j_l
+        hard: w_l = [l >= m]      soft: w_l = lambda [l >= m] + 1 - lambda
 
-    which equals the paper's double sum over path weights, in O(T). Shapes as in gae and meeting_times -> (T, E, N).
+    With agent j's own GAE^j_t = sum_{l >= t} (gamma lambda)^(l - t) delta^j_l this is
+
+        hard: A^i_t = sum_j (gamma lambda)^(m - t) GAE^j_m, 0 for a j that is never met
+        soft: A^i_t = lambda * hard + (1 - lambda) sum_j GAE^j_t
+
+    Shapes as in gae and meeting_times -> (T, E, N).
     """
-    alive = alive.bool()
     own = gae(rewards, values, terminated, alive, gamma, gae_lambda)  # (T, E, N)
-    met = meeting_times(graph, alive)  # (T, E, N_i, N_j)
-    never = met.isinf()
-    delay = met - torch.arange(len(met), device=met.device).view(-1, 1, 1, 1)
-    at_meeting = own.unsqueeze(2).expand(met.shape).gather(0, met.masked_fill(never, 0).long())  # GAE^j_m
-    hard = ((gamma * gae_lambda) ** delay * at_meeting).masked_fill(never, 0.0).sum(-1)
-    return (1 - gae_lambda) * own.sum(-1, keepdim=True) + gae_lambda * hard if soft else hard
+    meeting = meeting_times(graph, alive)  # (T, E, N_i, N_j)
+    never = meeting.isinf()
+    now = torch.arange(len(meeting), device=meeting.device).view(-1, 1, 1, 1)
+    discount = (gamma * gae_lambda) ** (meeting - now)
+    meeting_index = meeting.masked_fill(never, 0).long()  # 0 for never, which is masked below
+    at_meeting = own.unsqueeze(2).expand(meeting.shape).gather(0, meeting_index)  # GAE^j_m
+    hard = (discount * at_meeting).masked_fill(never, 0.0).sum(-1)
+    if not soft:
+        return hard
+    return (1 - gae_lambda) * own.sum(-1, keepdim=True) + gae_lambda * hard
 
 
 # ROLLOUT
@@ -318,33 +335,64 @@ def gradient_step(optimizer, loss, name, max_grad_norm=torch.inf):
     optimizer.step()
 
 
-def ppo_update(actor, critic, actor_optimizer, critic_optimizer, obs, actions, logprobs, advantages, returns, args):
+class Batch(NamedTuple):
+    """What the policy and the critic learn from: the steps that took place."""
+
+    obs: torch.Tensor  # (B, N, D)
+    actions: torch.Tensor  # (B, N) int64
+    logprobs: torch.Tensor  # (B, N), under the policy that collected them
+    advantages: torch.Tensor  # (B, N)
+    value_targets: torch.Tensor
+
+
+def ppo_update(actor, critic, actor_optimizer, critic_optimizer, batch, args):
     """update_epochs times a critic step, then a policy step, each on the whole batch (Schulman et al. 2017).
 
-    obs (B, N, D), the others (B, N) -> means over the epochs. UserError if a loss is not finite.
+    Batch -> means over the epochs. UserError if a loss is not finite.
     """
-    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if args.norm_adv else advantages
-    history = []
+    advantages = batch.advantages
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    history = defaultdict(list)
     for _ in range(args.update_epochs):
-        value_loss = 0.5 * ((critic(obs) - returns) ** 2).mean()
+        value_loss = 0.5 * ((critic(batch.obs) - batch.value_targets) ** 2).mean()
         gradient_step(critic_optimizer, value_loss, "value_loss", args.max_grad_norm)
 
-        policy = actor(obs).log_softmax(-1)  # (B, N, A)
-        entropy = -(policy.exp() * policy).sum(-1).mean()
-        logratio = policy.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - logprobs  # (B, N)
+        all_logprobs = actor(batch.obs).log_softmax(-1)  # (B, N, A)
+        mean_entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
+        logprobs = all_logprobs.gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)  # (B, N)
+        logratio = logprobs - batch.logprobs
         ratio = logratio.exp()
-        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        policy_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
-        gradient_step(actor_optimizer, policy_loss - args.ent_coef * entropy, "policy_loss", args.max_grad_norm)
+        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        policy_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
+        loss = policy_loss - args.ent_coef * mean_entropy
+        gradient_step(actor_optimizer, loss, "policy_loss", args.max_grad_norm)
 
-        approx_kl = (ratio - 1 - logratio).mean()
-        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-        history.append(torch.stack([value_loss, policy_loss, entropy, approx_kl, clipfrac, ratio.mean()]).detach())
-    names = ("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac")
-    return dict(zip(names, torch.stack(history).mean(0))) | {"first_ratio": history[0][-1]}
+        history["value_loss"].append(value_loss.detach())
+        history["policy_loss"].append(policy_loss.detach())
+        history["entropy"].append(mean_entropy.detach())
+        history["approx_kl"].append((ratio - 1 - logratio).mean().detach())
+        history["clipfrac"].append(((ratio - 1).abs() > args.clip_coef).float().mean())
+        history["ratio"].append(ratio.mean().detach())
+    first_ratio = history.pop("ratio")[0]  # 1 up to rounding: nothing has changed yet
+    means = {name: torch.stack(epochs).mean() for name, epochs in history.items()}
+    return means | {"first_ratio": first_ratio}
+
+
+def explained_variance(values, value_targets):
+    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for one that gives the mean."""
+    return 1 - (value_targets - values).var() / value_targets.var()
 
 
 # EVALUATION
+def evaluation_is_due(evaluations, global_step, args):
+    """True at the start, when global_step has passed a multiple of eval_interval, and at the end."""
+    if not evaluations:
+        return True
+    at_end = global_step >= args.total_timesteps and global_step > evaluations[-1]["global_step"]
+    return at_end or global_step // args.eval_interval > evaluations[-1]["evaluation"]
+
+
 def evaluate(actor, args, index, device):
     """Play eval_episodes episodes of a fresh environment -> per-agent raw returns (episodes, N).
 
@@ -359,14 +407,75 @@ def evaluate(actor, args, index, device):
     return torch.cat(returns)[: args.eval_episodes]
 
 
-# CHECKPOINTS
+def evaluation_row(agent_returns, global_step, args):
+    """A row of evaluations.csv from the returns (episodes, N)."""
+    team_returns = agent_returns.sum(-1)
+    index = global_step // args.eval_interval
+    at_end = global_step >= args.total_timesteps
+    row = {
+        "global_step": global_step,
+        "evaluation": index,
+        # when it was due
+        "nominal_step": args.total_timesteps if at_end else index * args.eval_interval,
+        "episodic_return": team_returns.mean().item(),
+        "episodic_return_std": team_returns.std(correction=0).item(),
+        "episodes": len(team_returns),
+    }
+    for i, mean in enumerate(agent_returns.mean(0).tolist()):
+        row[f"episodic_return_agent_{i}"] = mean
+    return row
+
+
+# RUN FOLDER
+@contextlib.contextmanager
+def writing(path):
+    """Turn a full disk, a folder that is gone or read-only, and the like into a UserError."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def write_atomically(path, data):
-    """Write bytes to a temporary file and rename it: whenever the process is killed, path is whole, old or new."""
-    with open(path + ".tmp", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    """Write bytes to a temporary file and rename it: whenever the process dies, path is whole, old or new."""
+    temporary = path + ".tmp"
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+
+
+def log_scalars(writer, global_step, groups):
+    """Write groups, as {"charts": {"SPS": 5000.0}}, to TensorBoard, as charts/SPS."""
+    with writing(writer.log_dir):
+        for group, metrics in groups.items():
+            for name, value in metrics.items():
+                writer.add_scalar(f"{group}/{name}", float(value), global_step)
+
+
+def write_evaluations(run_dir, evaluations):
+    """Write evaluations.csv."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=evaluations[0].keys(), lineterminator="\n")
+    table.writeheader()
+    table.writerows(evaluations)
+    write_atomically(os.path.join(run_dir, "evaluations.csv"), text.getvalue().encode())
+
+
+def log_evaluation(writer, run_dir, evaluations, row):
+    """Append the row to the run's evaluations and write them to evaluations.csv and TensorBoard."""
+    evaluations.append(row)
+    write_evaluations(run_dir, evaluations)
+    not_metrics = ("global_step", "evaluation", "nominal_step")
+    metrics = {name: value for name, value in row.items() if name not in not_metrics}
+    log_scalars(writer, row["global_step"], {"eval": metrics})
 
 
 def parse_args(script):
@@ -433,23 +542,14 @@ def main():
 
     while True:
         # EVALUATE (first the untrained policy)
-        finished = global_step >= args.total_timesteps
-        every, last = args.eval_interval, evaluations[-1]["global_step"] if evaluations else -1
-        if not stop_signals and (global_step // every > last // every or finished and global_step > last):
-            returns = evaluate(actor, args, global_step // every, device)  # (episodes, N)
-            team, agents = returns.sum(-1), returns.mean(0).tolist()
-            row = {"episodic_return": team.mean().item(), "episodic_return_std": team.std(correction=0).item()}
-            row |= {"episodes": len(team)} | {f"episodic_return_agent_{i}": mean for i, mean in enumerate(agents)}
-            for name, value in row.items():
-                writer.add_scalar(f"eval/{name}", value, global_step)
-            index = global_step // every
-            when = {"global_step": global_step, "evaluation": index, "nominal_step": index * every}
-            evaluations.append(when | row)
-            lines = [evaluations[0].keys(), *(row.values() for row in evaluations)]
-            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-            write_atomically(os.path.join(run_dir, "evaluations.csv"), text.encode())
+        if not stop_signals and evaluation_is_due(evaluations, global_step, args):
+            index = global_step // args.eval_interval
+            agent_returns = evaluate(actor, args, index, device)  # (episodes, N)
+            row = evaluation_row(agent_returns, global_step, args)
+            log_evaluation(writer, run_dir, evaluations, row)
 
         # SAVE
+        finished = global_step >= args.total_timesteps
         every = args.checkpoint_interval
         due = every and (finished or global_step // every > saved_step // every)
         if due or stop_signals or finished and args.save_model:
@@ -476,30 +576,34 @@ def main():
         with torch.no_grad():
             values = critic(obs)  # (T+1, E, N)
         alive = torch.ones(rewards.shape[:2], dtype=torch.bool, device=device)  # (T, E): no episode ends before T,
-        experience = rewards, values, ~alive, alive  # and none in a terminal state
+        experience = (rewards, values, ~alive, alive)  # and none in a terminal state
         advantages = gae(*experience, args.gamma, args.gae_lambda)  # (T, E, N)
-        returns = advantages + values[:-1]  # the critic's target ignores the graph
+        value_targets = advantages + values[:-1]  # they ignore the graph
         if args.credit == "dg":
             graphs = graph.expand(*alive.shape, env.N, env.N)  # (T, E, N_i, N_j)
             advantages = multi_agent_gae(*experience, graphs, args.gamma, args.gae_lambda, args.soft)
 
         # UPDATE POLICY AND CRITIC
-        batch = [x.flatten(0, 1) for x in (obs[:-1], actions, logprobs, advantages, returns)]  # (B, N, ...)
+        batch = Batch(
+            obs=obs[:-1].flatten(0, 1),
+            actions=actions.flatten(0, 1),
+            logprobs=logprobs.flatten(0, 1),
+            advantages=advantages.flatten(0, 1),
+            value_targets=value_targets.flatten(0, 1),
+        )
         try:
-            losses = ppo_update(actor, critic, actor_optimizer, critic_optimizer, *batch, args)
+            losses = ppo_update(actor, critic, actor_optimizer, critic_optimizer, batch, args)
         except UserError as error:
             bar.close()
             last = f"the last checkpoint is of frame {saved_step}" if saved_step >= 0 else "there is no checkpoint"
             raise UserError(f"iteration {iteration}: {error}; {last}") from error
 
         # LOG
-        losses["explained_variance"] = 1 - (returns - values[:-1]).var() / returns.var()
+        losses["explained_variance"] = explained_variance(values[:-1], value_targets)
         episodes = raw_rewards.sum(0).mean(0)  # (N), mean return of each agent
         charts = {"episodic_return": episodes.sum(), "hub_return": episodes[0], "leaf_return": episodes[1:].mean()}
         charts |= {"learning_rate": args.learning_rate, "SPS": (global_step - start_step) / (time.time() - start_time)}
-        for group, metrics in (("charts", charts), ("losses", losses)):
-            for name, value in metrics.items():
-                writer.add_scalar(f"{group}/{name}", float(value), global_step)
+        log_scalars(writer, global_step, {"charts": charts, "losses": losses})
         bar.set_postfix(eval=f"{evaluations[-1]['episodic_return']:.1f}")
         bar.update(global_step - bar.n)
 

@@ -76,13 +76,14 @@ def measure_iteration(num_agents, algorithm, iterations):
         with torch.no_grad():
             values = phase("values", critic, obs)
         alive = torch.ones(rewards.shape[:2], dtype=torch.bool)
-        experience = rewards, values, ~alive, alive
-        returns = phase("gae", spread.gae, *experience, args.gamma, args.gae_lambda) + values[:-1]
+        experience = (rewards, values, ~alive, alive)
+        value_targets = phase("gae", spread.gae, *experience, args.gamma, args.gae_lambda) + values[:-1]
         graph = spread.known_graph(num_agents).expand(*alive.shape, -1, -1)
         credit = *experience, graph, args.gamma, args.gae_lambda
         advantages = phase("multi_agent_gae", spread.multi_agent_gae, *credit)
-        batch = [x.flatten(0, 1) for x in (obs[:-1], actions, logprobs, advantages, returns)]
-        phase("ppo_update", spread.ppo_update, actor, critic, *optimizers, *batch, args)
+        steps = (obs[:-1], actions, logprobs, advantages, value_targets)
+        batch = spread.Batch(*(x.flatten(0, 1) for x in steps))
+        phase("ppo_update", spread.ppo_update, actor, critic, *optimizers, batch, args)
     return {name: statistics.median(times[1:]) for name, times in phases.items()}, peak_memory()
 
 

@@ -12,7 +12,8 @@ import torch
 from conftest import ROOT, load, run, run_folder, run_inside, scalars
 
 spread = load("experiments/spread.py")
-SHARED = "UserError AgentNetwork gae meeting_times multi_agent_gae gradient_step ppo_update write_atomically"
+SHARED = "UserError AgentNetwork gae meeting_times multi_agent_gae gradient_step Batch ppo_update explained_variance "
+SHARED += "evaluation_is_due evaluation_row writing write_atomically log_scalars write_evaluations log_evaluation"
 
 
 def landmarks(N):
@@ -152,7 +153,7 @@ def test_a_short_run(tmp_path, algorithm, credit):
     rows = list(csv.DictReader(open(folder / "evaluations.csv", encoding="utf-8")))
     assert [int(row["global_step"]) for row in rows] == [0, 400, 600] and rows[0]["episodes"] == "6"
     assert list(rows[0])[:4] == ["global_step", "evaluation", "nominal_step", "episodic_return"]
-    assert [(row["evaluation"], row["nominal_step"]) for row in rows] == [("0", "0"), ("1", "400"), ("1", "400")]
+    assert [(row["evaluation"], row["nominal_step"]) for row in rows] == [("0", "0"), ("1", "400"), ("1", "600")]
     for row in rows:
         agents = sum(float(row[f"episodic_return_agent_{i}"]) for i in range(3))
         assert (
@@ -187,9 +188,10 @@ def test_what_each_credit_trains_on(tmp_path, monkeypatch, credit):
     team = raw.sum(-1, keepdim=True).expand_as(raw)
     assert torch.equal(calls["gae"][0][0], team if credit == "global" else raw)
     source = "multi_agent_gae" if credit == "dg" else "gae"
-    assert torch.equal(calls["ppo_update"][0][7], calls[source][1].flatten(0, 1))
+    batch = calls["ppo_update"][0][4]
+    assert torch.equal(batch.advantages, calls[source][1].flatten(0, 1))
     values = calls["gae"][0][1][:-1]
-    assert torch.equal(calls["ppo_update"][0][8], (calls["gae"][1] + values).flatten(0, 1))  # the critic's target
+    assert torch.equal(batch.value_targets, (calls["gae"][1] + values).flatten(0, 1))
     if credit == "dg":
         assert torch.equal(calls[source][0][4], spread.known_graph(3).expand(*raw.shape, 3))
 
