@@ -56,7 +56,6 @@ PHASES = {  # of an iteration; each begins with the first call of one of these f
 }
 SMACLITE, SMACLITE_LOCAL = "mappo_dg_smaclite.py", "baselines/mappo_local_smaclite.py"
 MAPS = ["MMM2", "3s5z_vs_3s6z", "27m_vs_30m"]
-NO_EVALUATION = ["--eval-interval=1000000000", "--eval-episodes=1", "--checkpoint-interval=0"]
 # Linux counts in a process's peak what its parent held when it started it: start it from a process that holds nothing
 LAUNCHER = """import json, resource, subprocess, sys
 done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
@@ -118,9 +117,10 @@ class Training:
         wrap(module, "collect", after=lambda rollout: self.add("frames", int(rollout.alive.sum())))
         wrap(module, "make_vector_env", after=self.watch_environments)
         module.tqdm = partial(module.tqdm, file=open(os.devnull, "w", encoding="utf-8"))
-        # Ctrl-C ends the benchmark
+        # Ctrl-C ends the benchmark, not the script alone
         module.StopSignals = lambda: SimpleNamespace(received=None, raised=contextlib.nullcontext)
-        options = [f"--exp-name={perf_counter()}", *options, "--total-timesteps=1000000000", *NO_EVALUATION]
+        options = [f"--exp-name={perf_counter()}", "--total-timesteps=1000000000", *options]
+        options += ["--eval-interval=1000000000", "--eval-episodes=1", "--checkpoint-interval=0"]
         with mock.patch.object(sys, "argv", [module.__file__, *options]), contextlib.redirect_stdout(None):
             module.main()
 
