@@ -363,8 +363,10 @@ def kill_me(signum):
 STOPS = list(zip(["evaluate", "collect", "evaluate", "collect"], [1, 1, 2, 4]))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "script, signum",
+    [(SCRIPTS[0], signal.SIGINT), (SCRIPTS[1], signal.SIGTERM), (SCRIPTS[0], signal.SIGHUP)],
+)
 def test_a_stop_in_an_evaluation_or_a_collection_is_answered_there(script, signum, reference, tmp_path, monkeypatch):
     """What is half done is dropped, the checkpoint is saved whatever its interval, the resumed run is the same."""
     for i, (function, call) in enumerate(STOPS):

@@ -43,15 +43,25 @@ def test_another_scripts_checkpoint_is_refused_without_run_json_too(folder, tmp_
     assert snapshot(folder) == before
 
 
-def test_a_resume_that_waited_while_the_run_went_on_does_not_cut_it_back(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["tracking", "lock"])
+def test_a_resume_that_waited_while_the_run_went_on_does_not_cut_it_back(moment, folder, tmp_path, monkeypatch):
     """Between the reading of the checkpoint and the lock another process has gone on, and has ended."""
+    import fcntl
 
-    def init(**settings):
+    lockf = fcntl.lockf
+
+    def go_on(*args, **settings):
+        monkeypatch.setattr(fcntl, "lockf", lockf)
         resume(SCRIPT, folder, "--total-timesteps", 900)
+        if args:
+            lockf(*args)
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    run_inside(SCRIPT, "--resume", folder, "--track", "--total-timesteps", 400, cwd=tmp_path)
-    assert state(folder)["global_step"] >= 900
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=go_on))
+    if moment == "lock":
+        monkeypatch.setattr(fcntl, "lockf", go_on)
+    options = ["--track"] if moment == "tracking" else []
+    done = run_inside(SCRIPT, "--resume", folder, *options, "--total-timesteps", 400, cwd=tmp_path)
+    assert done.returncode == 2 and state(folder)["global_step"] >= 900
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
