@@ -478,7 +478,7 @@ MUTANTS = [
     Mutant(ALL, "frames of the padding count", MAIN + "training_episodes_are_logged_as_they_were_played",
            "global_step += int(alive.sum())",
            "global_step += alive.numel()"),
-    Mutant(TWO, "a stop waits for the collection", RUN_FOLDER + STOP,
+    Mutant(TWO, "a stop waits for the collection", RUN_FOLDER + "a_collection_that_is_stopped_is_no_iteration",
            "with stop_signals.raised():\n                rollout =",
            "with contextlib.nullcontext():\n                rollout ="),
     # DEPENDENCE GRAPH, in main

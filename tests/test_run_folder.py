@@ -446,6 +446,23 @@ def test_a_second_signal_ends_the_process_unless_it_comes_at_once(stop_signals, 
     assert killed == [(os.getpid(), signal.SIGINT)] and handlers == [(signal.SIGINT, signal.SIG_DFL)]
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_collection_that_is_stopped_is_no_iteration(script, tmp_path, monkeypatch):
+    module, left = load(script), [2]
+    original = module.collect
+
+    def collect(envs, *args):
+        left[0] -= len(envs) == 2  # not in an evaluation, of three episodes
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(envs, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "collect", collect)
+        assert run_inside(module, *TINY, cwd=tmp_path).returncode == 143
+    assert state(run_folder(tmp_path))["iteration"] == 1
+
+
 def test_a_stop_between_the_parts_is_answered_after_them(reference, tmp_path, monkeypatch):
     """During the update: it is finished, then the run is saved."""
     module, left = load("mappo_dg_lbf.py"), [2]
