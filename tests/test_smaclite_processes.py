@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_is_one_sentence(script, world, start):
     run.wait_for_words()
     assert run.end() == 2
     (sentence,) = run.stderr()
-    assert re.match(rf"{Path(script).name}: iteration \d+: value_loss is nan\b.* frame 0", sentence)
+    assert re.match(rf"{Path(script).name}: iteration \d+: value_loss is nan\b.*; there is no checkpoint$", sentence)
 
 
 @pytest.mark.parametrize("script, world", [(DG, "fake"), pytest.param(GLOBAL, "smaclite", marks=without)])
