@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [path for path in sorted(ROOT.glob("experiments/*.py")) if path.name != "launch.py"]
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py"), *ROOT.glob("experiments/*.py")])
 FILES += [ROOT / f"tests/test_{name}.py" for name in ("encoding", "known_graph", "report", "spread", "watch")]
 OPENERS = {"open": 1, "fdopen": 1, "NamedTemporaryFile": 0, "TemporaryFile": 0}  # place of the mode
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -165,6 +166,18 @@ def test_resume_from_another_script(finished, tmp_path):
         done = run_inside(script, "--resume", path, cwd=tmp_path)
         assert_refused(done, tmp_path, "--resume", "written by mappo_local_lbf.py")
     assert snapshot(finished["mappo_dg_lbf.py"].parent) == before
+
+
+def test_resume_from_a_script_with_the_same_settings(lbf_script, finished, tmp_path):
+    """What differs is the name of the script alone."""
+    kin = [script for script in LBF_SCRIPTS if script != lbf_script and ("_dg_" in script) == ("_dg_" in lbf_script)]
+    written = finished["mappo_dg_lbf.py" if "_dg_" in lbf_script else "baselines/mappo_local_lbf.py"]
+    checkpoint = torch.load(written, weights_only=True)
+    for other in kin:
+        checkpoint["script"] = Path(other).stem
+        torch.save(checkpoint, path := tmp_path / "checkpoint.pt")
+        done = run_inside(lbf_script, "--resume", path, cwd=tmp_path)
+        assert_refused(done, tmp_path, "--resume", f"written by {Path(other).name}")
 
 
 def test_resume_from_another_version_of_the_script(finished, tmp_path):

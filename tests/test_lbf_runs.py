@@ -177,39 +177,34 @@ DENSITIES = [  # options, edges of an agent to the two others
 
 
 @pytest.mark.parametrize("options, density", DENSITIES, ids=lambda x: " ".join(map(str, x)) if type(x) is list else "")
-def test_graph_options(tmp_path, options, density):
-    tags = tags_of("mappo_dg_lbf.py", tmp_path, *options)
+def test_graph_options(dg_script, tmp_path, options, density):
+    tags = tags_of(dg_script, tmp_path, *options)
     tolerance = 0 if density in (0, 2) else 0.1
     assert np.mean(values(tags, "graph/density")) == pytest.approx(density, abs=tolerance)
     assert ("losses/reverse_model_loss" in tags) == ("--graph" not in options)  # the models train if they are used
 
 
-def test_graph_options_of_ippo(tmp_path):
-    for i, (options, density) in enumerate([DENSITIES[0], DENSITIES[7], DENSITIES[9], DENSITIES[12]]):
-        assert set(values(tags_of("ippo_dg_lbf.py", tmp_path / str(i), *options), "graph/density")) == {density}
-
-
-def test_the_oracle_agrees_with_itself(tmp_path):
-    tags = tags_of("mappo_dg_lbf.py", tmp_path, "--graph", "oracle")
+def test_the_oracle_agrees_with_itself(dg_script, tmp_path):
+    tags = tags_of(dg_script, tmp_path, "--graph", "oracle")
     assert set(values(tags, "graph/oracle_precision")) == set(values(tags, "graph/oracle_recall")) == {1}
     assert all(0 < value < 2 for value in values(tags, "graph/density"))
 
 
-def test_c_adds_edges(tmp_path):
+def test_c_adds_edges(dg_script, tmp_path):
     """The same models see the same first iteration: a larger c keeps the edges and adds some."""
-    tags = [tags_of("mappo_dg_lbf.py", tmp_path / str(c), "--c", c) for c in (0, 0.9, 1)]
+    tags = [tags_of(dg_script, tmp_path / str(c), "--c", c) for c in (0, 0.9, 1)]
     ratios = {values(run_tags, "graph/entropy_ratio")[0] for run_tags in tags}
     density = [values(run_tags, "graph/density")[0] for run_tags in tags]
     assert len(ratios) == 1 and 0 == density[0] <= density[1] < density[2]
 
 
-def test_soft_weights_and_the_limits_of_the_graph(tmp_path):
+def test_soft_weights_and_the_limits_of_the_graph(dg_script, tmp_path):
     """One epoch: the first policy loss is minus the mean advantage, whose values at the graph's limits are known."""
     losses = {}
     for graph in ("complete", "identity"):
         for soft in ("--soft", "--no-soft"):
             options = ["--graph", graph, soft, "--update-epochs", 1, "--gae-lambda", 0.8]
-            tags = tags_of("mappo_dg_lbf.py", tmp_path / (graph + soft), *options)
+            tags = tags_of(dg_script, tmp_path / (graph + soft), *options)
             losses[graph, soft] = values(tags, "losses/policy_loss")[0]
     own = losses["identity", "--no-soft"]
     assert abs(own) > 1e-3
