@@ -544,7 +544,7 @@ class LastingStream:
     """stdout or stderr, which may be closed or lose its reader: what nobody reads is dropped."""
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
 
@@ -553,7 +553,7 @@ class LastingStream:
             self.stream.write(text)
             self.stream.flush()
         except (OSError, ValueError):
-            self.stream = open(os.devnull, "w")
+            self.stream = open(os.devnull, "w", encoding="utf-8")
 
     def flush(self):
         pass  # write() flushes

@@ -575,9 +575,9 @@ class Stream:
 
 def mend_streams() -> None:
     """Lets no error of stdout or stderr through and opens closed streams, whose numbers other files would get."""
-    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Stream(stream))
 
