@@ -1024,8 +1024,11 @@ def check_newest_checkpoint(run_dir, args, checkpoint):
         other = read_checkpoint(newest)
     except UserError:
         return  # a lost or damaged one must not keep an older copy from being resumed
-    if other.get("run_name") != checkpoint["run_name"]:
-        raise UserError(f"--resume: {args.resume} and {newest} are checkpoints of two different runs")
+    owner = other.get("run_name")
+    if owner != checkpoint["run_name"]:
+        raise UserError(
+            f"--resume: {args.resume} is a checkpoint of {checkpoint['run_name']}, but {newest} is one of {owner}"
+        )
     if other["global_step"] > checkpoint["global_step"]:
         raise UserError(
             f"--resume: {args.resume} is of frame {checkpoint['global_step']}, {newest} of frame "

@@ -514,7 +514,7 @@ def test_a_second_signal_ends_a_run_at_once(finished, tmp_path):
     with ended(start("mappo_dg_lbf.py", *options, cwd=tmp_path, prelude=hang)) as process:
         wait_for((tmp_path / "hangs").exists, process)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        time.sleep(1.5)  # within a second it would be the first one, sent twice
         assert process.poll() is None  # an evaluation is being written, which is finished first
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == -signal.SIGINT
@@ -731,13 +731,13 @@ def test_curves_are_complete_whatever_the_clock_says(script, clock, reference, t
 
 
 # THE NAME OF A RUN
-@pytest.mark.parametrize("name", ["", "a/b", "/", "../x", "a/", "x" * 250, "\u2603" * 80])
+@pytest.mark.parametrize("name", ["", "a/b", "/", "../x", "a/", "a\nb", "x" * 250, "\u2603" * 80])
 def test_names_that_are_no_folder(name, lbf_script, tmp_path):
     done = run_inside(lbf_script, *TINY, f"--exp-name={name}", cwd=tmp_path)
     assert_refused(done, tmp_path, "exp_name")
 
 
-@pytest.mark.parametrize("name", ["..", ".", "h\u00e9 \u2603", "a b", "-x", "a\nb", "a|b", "*", "a\\b", "\u2603" * 60])
+@pytest.mark.parametrize("name", ["..", ".", "h\u00e9 \u2603", "a b", "-x", "a|b", "*", "a\\b", "\u2603" * 60])
 def test_names_that_are(name, lbf_script, tmp_path):
     folder = play(lbf_script, f"--exp-name={name}", cwd=tmp_path)
     assert f"__{name}__1__" in folder.name and state(folder)["args"]["exp_name"] == name
