@@ -14,8 +14,9 @@ known_graph are made from the CSVs of those experiments.
 
 A row of a grid's CSV is an evaluation of a run (method, task, seed): at how many frames it took place (frames), which
 one it was (evaluation: the whole evaluation intervals in these frames) and when it was due (nominal_frames: evaluation
-times interval); the team's return, its standard deviation, the episodes; and of the run, whether it has finished, and
-its seconds. Evaluations are aligned by nominal_frames; of two with one index, the later one counts.
+times interval, at the end the run's frames); the team's return, its standard deviation, the episodes; and of the run,
+whether it has finished, and its seconds. Evaluations are aligned by nominal_frames; of two with one index, the later
+one counts.
 
 The score of a task is the win rate if there is one, or else the team return (on LBF in [0, 1]: nothing is normalised).
 A run's final score is its mean over the evaluations in the last 10% of frames (4.5M-5M of 5M, as in the paper). A run
