@@ -373,7 +373,7 @@ MUTANTS = [
            "if False:"),
     Mutant(ONE, "the newest checkpoint is not asked whose it is",
            FAULTS + "another_runs_checkpoint_is_refused_without_run_json_too",
-           'if other.get("run_name") != checkpoint["run_name"]:',
+           'if owner != checkpoint["run_name"]:',
            "if False:"),
     Mutant(TWO, "an older copy cuts the run back",
            RUN_FOLDER + "an_older_copy_is_refused_where_its_run_is_further_on",
