@@ -26,9 +26,11 @@ import contextlib
 import csv
 import difflib
 import io
+import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -96,6 +98,8 @@ class Args:
     """units of each hidden layer of policy and critic"""
     learning_rate: float = 5e-4
     """learning rate of every Adam"""
+    adam_eps: float = 1e-5
+    """epsilon of every Adam (the authors have PyTorch's 1e-8)"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -156,6 +160,7 @@ def check_args(args):
     check_range("eval_episodes", args.eval_episodes, 1)
     check_range("hidden_dim", args.hidden_dim, 1)
     check_range("learning_rate", args.learning_rate, 0)
+    check_range("adam_eps", args.adam_eps, 0)
     check_range("gamma", args.gamma, 0, 1)
     check_range("gae_lambda", args.gae_lambda, 0, 1)
     check_range("update_epochs", args.update_epochs, 1)
@@ -437,20 +442,27 @@ def entropy(logits):
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
+def other_agents(graph):
+    """The pairs (N_i, N_j) bool with i != j, where graph is any tensor (..., N_i, N_j)."""
+    return ~torch.eye(graph.shape[-1], dtype=torch.bool, device=graph.device)
+
+
 def learned_graph(predictor_logits, reverse_logits, c):
     """i -> j iff H(q_psi(a^i | z^j, z'^j, z^i)) < c H(q_phi(a^i | z^i)), or i = j; H: entropy in nats.
 
-    That is: to know what became of j tells something about what i did. Logits (B, N, A) and (B, N_i, N_j, A)
-    -> graph (B, N_i, N_j) bool and, to be logged, the entropies' means (i = j included) and the means' ratio.
+    That is: to know what became of j tells something about what i did. Logits (B, N, A) and
+    (B, N_i, N_j, A) -> graph (B, N_i, N_j) bool and, to be logged, the entropies' means and their ratio,
+    those of q_psi over the pairs i != j, which alone decide anything.
     """
     predictor_entropy = entropy(predictor_logits.detach())  # (B, N)
     reverse_entropy = entropy(reverse_logits.detach())  # (B, N_i, N_j)
     graph = reverse_entropy < c * predictor_entropy.unsqueeze(-1)
     graph.diagonal(dim1=-2, dim2=-1).fill_(True)
+    reverse_mean = reverse_entropy[:, other_agents(graph)].mean()
     statistics = {
         "predictor_entropy": predictor_entropy.mean(),
-        "reverse_entropy": reverse_entropy.mean(),
-        "entropy_ratio": reverse_entropy.mean() / predictor_entropy.mean(),
+        "reverse_entropy_others": reverse_mean,
+        "entropy_ratio_others": reverse_mean / predictor_entropy.mean(),
     }
     return graph, statistics
 
@@ -503,12 +515,12 @@ def dependence_graph(args, oracle, graph_logits, alive):
 
 def graph_statistics(graph, oracle):
     """Edges per agent besides itself, precision and recall against the oracle's edges; graphs (B, N, N)."""
-    others = ~torch.eye(graph.shape[-1], dtype=torch.bool, device=graph.device)
+    others = other_agents(graph)
     edges = (graph & others).sum()
     oracle_edges = (oracle & others).sum()
     correct = (graph & oracle & others).sum()
     return {
-        "density": edges / graph[..., 0].numel(),
+        "edges_per_agent": edges / graph[..., 0].numel(),
         "oracle_precision": correct / edges.clamp(min=1),
         "oracle_recall": correct / oracle_edges.clamp(min=1),
     }
@@ -528,6 +540,7 @@ def update_graph_models(logits, actions, optimizer):
     """One step on the cross-entropy of each prediction of a^i; actions (B, N) -> losses and accuracies."""
     # the target of a pair (i, j) is a^i
     pair_actions = actions.unsqueeze(-1).expand(logits.reverse_model.shape[:-1])
+    others = other_agents(pair_actions)
     single_loss = cross_entropy(logits.single_reverse_model, actions)
     predictor_loss = cross_entropy(logits.action_predictor, actions)
     reverse_loss = cross_entropy(logits.reverse_model, pair_actions)
@@ -541,7 +554,8 @@ def update_graph_models(logits, actions, optimizer):
         "action_predictor_loss": predictor_loss.detach(),
         "action_predictor_accuracy": accuracy(logits.action_predictor, actions),
         "reverse_model_loss": reverse_loss.detach(),
-        "reverse_model_accuracy": accuracy(logits.reverse_model, pair_actions),
+        # i = j is easier
+        "reverse_model_accuracy_others": accuracy(logits.reverse_model[:, others], pair_actions[:, others]),
     }
 
 
@@ -695,6 +709,18 @@ class Batch(NamedTuple):
     logprobs: torch.Tensor  # (B, N), under the policy that collected them
     advantages: torch.Tensor  # (B, N)
     value_targets: torch.Tensor  # (B, N)
+
+
+def make_batch(rollout, advantages, value_targets):
+    """The steps that took place as one Batch; advantages and value_targets (T, E, N)."""
+    alive = rollout.alive
+    return Batch(
+        obs=rollout.obs[:-1][alive],
+        actions=rollout.actions[alive],
+        logprobs=rollout.logprobs[alive],
+        advantages=advantages[alive],
+        value_targets=value_targets[alive],
+    )
 
 
 def ppo_update(actor, critic, actor_optimizer, critic_optimizer, batch, args):
@@ -947,7 +973,8 @@ def choose_device(args):
 
 def make_run_name(args):
     """A name for a new run's folder; UserError if it cannot be one."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    task = args.env_id + ("-wta" if args.winner_take_all else "")
+    name = f"{task}__{args.exp_name}__{args.seed}__{int(time.time())}"
     one_component = args.exp_name and "/" not in args.exp_name and os.sep not in args.exp_name
     if not one_component or not name.isprintable() or len(name.encode()) > 255:
         raise UserError(f"exp_name must name a folder (not empty, no slashes, not too long): {args.exp_name!r}")
@@ -975,21 +1002,18 @@ def start_wandb(args, name):
 
 
 def open_run_folder(run_name, args, checkpoint):
-    """The folder of a new run, or that of the checkpoint, and its file run.json, locked by this process.
+    """The run's name, its folder, which is new or the checkpoint's, and its file run.json, locked by this process.
 
     UserError if it cannot be made, another process has it, or it holds another run or a later checkpoint.
     """
     if checkpoint is None:
-        run_dir = os.path.join("runs", run_name)
+        run_dir = new_run_folder(run_name)
+        run_name = os.path.basename(run_dir)
     else:
         run_dir = os.path.dirname(os.path.realpath(args.resume))  # a symlink resumes the run it points to
+        with writing(run_dir):
+            os.path.abspath(run_dir).encode()
         check_newest_checkpoint(run_dir, args, checkpoint)
-    with writing(run_dir):
-        os.path.abspath(run_dir).encode()  # TensorBoard takes no other paths
-        try:
-            os.makedirs(run_dir, exist_ok=checkpoint is not None)
-        except FileExistsError as error:
-            raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
     path = os.path.join(run_dir, "run.json")
     with writing(path):
         run_file = open(path, "a+", encoding="utf-8")
@@ -1013,7 +1037,22 @@ def open_run_folder(run_name, args, checkpoint):
         raise UserError(f"--resume: {args.resume} is a checkpoint of {run_name}, its folder is that of {owner}")
     if checkpoint is not None:
         check_newest_checkpoint(run_dir, args, checkpoint)  # again: another process may have gone on meanwhile
-    return run_dir, run_file
+    return run_name, run_dir, run_file
+
+
+def new_run_folder(run_name):
+    """Make the folder runs/run_name; runs/run_name_2 or _3, ... if a run of that name has begun already."""
+    run_dir = os.path.join("runs", run_name)
+    with writing(run_dir):
+        os.path.abspath(run_dir).encode()  # TensorBoard takes no other paths
+        for k in itertools.count(2):
+            try:
+                os.makedirs(run_dir)
+                return run_dir
+            except FileExistsError:
+                if not os.path.isdir(run_dir):
+                    raise
+                run_dir = os.path.join("runs", f"{run_name}_{k}")
 
 
 def check_newest_checkpoint(run_dir, args, checkpoint):
@@ -1068,11 +1107,12 @@ def log_scalars(writer, global_step, groups):
 
 
 def write_evaluations(run_dir, evaluations):
-    """Write evaluations.csv."""
+    """Write evaluations.csv, its numbers with six significant digits."""
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=evaluations[0].keys(), lineterminator="\n")
     table.writeheader()
-    table.writerows(evaluations)
+    for row in evaluations:
+        table.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
     write_atomically(os.path.join(run_dir, "evaluations.csv"), text.getvalue().encode())
 
 
@@ -1123,6 +1163,18 @@ def save_checkpoint(run_dir, run_name, args, trained, random_state, global_step,
     write_atomically(os.path.join(run_dir, "checkpoint.pt"), buffer.getvalue())
 
 
+def print_summary(run_dir, evaluations, global_step, args):
+    """Say what came of a run that has ended or was stopped, and how to go on with it."""
+    print(f"{run_dir}: {global_step:,} of {args.total_timesteps:,} frames")
+    if evaluations:
+        last = evaluations[-1]
+        print(f"last evaluation: return {last['episodic_return']:.3f} at {last['global_step']:,} frames")
+    if os.path.exists(os.path.join(run_dir, "checkpoint.pt")):
+        longer = " --total-timesteps MORE" if global_step >= args.total_timesteps else ""
+        print(f"continue: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run_dir)}{longer}")
+    print(f"curves: tensorboard --logdir {shlex.quote(run_dir)}")
+
+
 def failure(error, writer, iteration, saved_step):
     """The UserError that ends a run in training: when it came, and what there is to resume from."""
     with contextlib.suppress(OSError):
@@ -1152,7 +1204,7 @@ def main():
     actor = AgentNetwork(D, N, args.hidden_dim, A).to(device)
     critic = Critic(D, N, args.hidden_dim, 1).to(device)
     graph_models = GraphModels(D, A, args.encoder, args.bf16).to(device)
-    adam = {"lr": args.learning_rate, "eps": 1e-5, "fused": True}
+    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
     actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
     models_optimizer = torch.optim.Adam(graph_models.parameters(), **adam)
@@ -1179,11 +1231,14 @@ def main():
 
     if args.track:
         start_wandb(args, run_name)
-    run_dir, run_file = open_run_folder(run_name, args, checkpoint)
+    run_name, run_dir, run_file = open_run_folder(run_name, args, checkpoint)
     writer = open_log(run_dir, args, global_step, resumed=checkpoint is not None)
     if evaluations:
         write_evaluations(run_dir, evaluations)
-    print(f"{run_dir}: {N} agents, {D} observations, {A} actions, {args.num_envs} episodes per iteration, {device}")
+    rules = "winner-take-all" if args.winner_take_all else "vanilla"
+    graph_rule = f"learned, c = {args.c}" if args.graph == "learned" else args.graph
+    print(f"{run_dir}: {rules}, {N} agents, {D} observations, {A} actions, {args.num_envs} episodes per iteration")
+    print(f"dependence graph: {graph_rule}; device: {device}")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", unit_scale=True, mininterval=1.0)
     start_time = time.time()
     start_step = global_step
@@ -1191,9 +1246,8 @@ def main():
     try:
         # EVALUATE the untrained policy, or what a stop signal has kept from being evaluated
         if evaluation_is_due(evaluations, global_step, args):
-            index = global_step // args.eval_interval
             with stop_signals.raised():
-                agent_returns = evaluate(actor, args, index, device)  # (episodes, N)
+                agent_returns = evaluate(actor, args, global_step // args.eval_interval, device)
             row = evaluation_row(agent_returns, global_step, args)
             log_evaluation(writer, run_dir, evaluations, row)
 
@@ -1221,13 +1275,7 @@ def main():
             advantages = multi_agent_gae(*experience, graph, args.gamma, args.gae_lambda, args.soft)
 
             # UPDATE POLICY AND CRITIC, THEN THE GRAPH MODELS
-            batch = Batch(
-                obs=rollout.obs[:-1][alive],
-                actions=rollout.actions[alive],
-                logprobs=rollout.logprobs[alive],
-                advantages=advantages[alive],
-                value_targets=value_targets[alive],
-            )
+            batch = make_batch(rollout, advantages, value_targets)
             losses = ppo_update(actor, critic, actor_optimizer, critic_optimizer, batch, args)
             if args.graph == "learned":
                 losses |= update_graph_models(graph_logits, batch.actions, models_optimizer)
@@ -1241,18 +1289,19 @@ def main():
             charts["SPS"] = (global_step - start_step) / max(time.time() - start_time, 1e-9)
             graph_charts |= graph_statistics(graph[alive], oracle[alive])
             log_scalars(writer, global_step, {"charts": charts, "losses": losses, "graph": graph_charts})
-            last_return = evaluations[-1]["episodic_return"]
-            edges = graph_charts["density"]
-            bar.set_postfix(eval=f"{last_return:.3f}", edges=f"{edges:.2f}", refresh=False)
-            bar.update(global_step - bar.n)
 
             # EVALUATE
             if evaluation_is_due(evaluations, global_step, args):
-                index = global_step // args.eval_interval
                 with stop_signals.raised():
-                    agent_returns = evaluate(actor, args, index, device)  # (episodes, N)
+                    agent_returns = evaluate(actor, args, global_step // args.eval_interval, device)
                 row = evaluation_row(agent_returns, global_step, args)
                 log_evaluation(writer, run_dir, evaluations, row)
+
+            # SHOW
+            last_return = evaluations[-1]["episodic_return"]
+            edges = graph_charts["edges_per_agent"]
+            bar.set_postfix(eval=f"{last_return:.3f}", edges=f"{edges:.2f}", refresh=False)
+            bar.update(global_step - bar.n)
 
             # SAVE
             if checkpoint_is_due(saved_step, global_step, args):
@@ -1274,6 +1323,7 @@ def main():
     with writing(run_dir):
         writer.close()
     run_file.close()
+    print_summary(run_dir, evaluations, global_step, args)
     if stop_signals.received:
         sys.exit(128 + stop_signals.received)
 

@@ -26,10 +26,12 @@ import dataclasses
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -112,6 +114,8 @@ class Args:
     """units of each hidden layer of policy and critic"""
     learning_rate: float = 5e-4
     """learning rate of every Adam"""
+    adam_eps: float = 1e-5
+    """epsilon of every Adam (the authors have PyTorch's 1e-8)"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -171,6 +175,7 @@ def check_args(args):
     check_range("eval_episodes", args.eval_episodes, 1)
     check_range("hidden_dim", args.hidden_dim, 1)
     check_range("learning_rate", args.learning_rate, 0)
+    check_range("adam_eps", args.adam_eps, 0)
     check_range("gamma", args.gamma, 0, 1)
     check_range("gae_lambda", args.gae_lambda, 0, 1)
     check_range("update_epochs", args.update_epochs, 1)
@@ -551,12 +556,22 @@ def entropy(logits):
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
+def other_agents(graph):
+    """The pairs (N_i, N_j) bool with i != j, where graph is any tensor (..., N_i, N_j)."""
+    return ~torch.eye(graph.shape[-1], dtype=torch.bool, device=graph.device)
+
+
+def num_other_pairs(active):
+    """How many pairs i != j of the living there are, at least 1; active (..., N) bool."""
+    return (living_pairs(active).sum() - active.sum()).clamp(min=1)
+
+
 @torch.no_grad()
 def learned_graph(graph_models, obs, avail, active, c, pair_chunk):
     """i -> j iff H(q_psi(a^i | z^j, z'^j, z^i)) < c H(q_phi(a^i | z^i)), or i = j; H: entropy in nats.
 
-    Shapes as in GraphModels -> graph (T, E, N_i, N_j) bool, mean entropies (i = j included), their ratio. The dead have
-    no edges but their own.
+    Shapes as in GraphModels -> graph (T, E, N_i, N_j) bool and, to be logged, the entropies' means and their
+    ratio, those of q_psi over the pairs i != j, which alone decide anything. The dead have no edges but their own.
     """
     T, E, N = active.shape
     graph = torch.zeros((T, E, N, N), dtype=torch.bool, device=obs.device)
@@ -573,14 +588,14 @@ def learned_graph(graph_models, obs, avail, active, c, pair_chunk):
         influencer_entropy = own_entropy.unsqueeze(-1).expand(pairs.shape)[pairs]  # (P)
         graph[part][pairs] = reverse_entropy < c * influencer_entropy
         predictor_total += predictor_entropy.sum()
-        reverse_total += reverse_entropy.sum()
+        reverse_total += reverse_entropy[other_agents(pairs).expand(pairs.shape)[pairs]].sum()
     graph.diagonal(dim1=-2, dim2=-1).fill_(True)
     predictor_mean = predictor_total / active.sum()
-    reverse_mean = reverse_total / living_pairs(active).sum()
+    reverse_mean = reverse_total / num_other_pairs(active)
     statistics = {
         "predictor_entropy": predictor_mean,
-        "reverse_entropy": reverse_mean,
-        "entropy_ratio": reverse_mean / predictor_mean,
+        "reverse_entropy_others": reverse_mean,
+        "entropy_ratio_others": reverse_mean / predictor_mean,
     }
     return graph, statistics
 
@@ -618,7 +633,7 @@ def dependence_graph(args, graph_models, obs, avail, active):
 
 def graph_statistics(graph, active):
     """Edges per living agent besides its own; graph (T, E, N, N), without edges of the dead, active (T, E, N)."""
-    return {"density": (graph.sum() - active.sum()) / active.sum()}
+    return {"edges_per_agent": (graph.sum() - active.sum()) / active.sum()}
 
 
 def summed_cross_entropy(logits, actions):
@@ -657,7 +672,9 @@ def update_graph_models(graph_models, optimizer, obs, avail, active, actions, pa
         metrics["action_predictor_loss"] += predictor_loss.detach()
         metrics["action_predictor_accuracy"] += hits(logits.action_predictor, own_actions) / num_own
         metrics["reverse_model_loss"] += reverse_loss.detach()
-        metrics["reverse_model_accuracy"] += hits(logits.reverse_model, pair_actions) / num_pairs
+        others = other_agents(pairs).expand(pairs.shape)[pairs]  # (P): i = j is easier
+        other_hits = hits(logits.reverse_model[others], pair_actions[others])
+        metrics["reverse_model_accuracy_others"] += other_hits / num_other_pairs(active)
     norm = nn.utils.clip_grad_norm_(graph_models.parameters(), torch.inf)
     if not norm.isfinite():
         losses = ", ".join(f"{name} is {value:g}" for name, value in metrics.items() if name.endswith("_loss"))
@@ -1097,21 +1114,18 @@ def start_wandb(args, name):
 
 
 def open_run_folder(run_name, args, checkpoint):
-    """The folder of a new run, or that of the checkpoint, and its file run.json, locked by this process.
+    """The run's name, its folder, which is new or the checkpoint's, and its file run.json, locked by this process.
 
     UserError if it cannot be made, another process has it, or it holds another run or a later checkpoint.
     """
     if checkpoint is None:
-        run_dir = os.path.join("runs", run_name)
+        run_dir = new_run_folder(run_name)
+        run_name = os.path.basename(run_dir)
     else:
         run_dir = os.path.dirname(os.path.realpath(args.resume))  # a symlink resumes the run it points to
+        with writing(run_dir):
+            os.path.abspath(run_dir).encode()
         check_newest_checkpoint(run_dir, args, checkpoint)
-    with writing(run_dir):
-        os.path.abspath(run_dir).encode()  # TensorBoard takes no other paths
-        try:
-            os.makedirs(run_dir, exist_ok=checkpoint is not None)
-        except FileExistsError as error:
-            raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
     path = os.path.join(run_dir, "run.json")
     with writing(path):
         run_file = open(path, "a+", encoding="utf-8")
@@ -1135,7 +1149,22 @@ def open_run_folder(run_name, args, checkpoint):
         raise UserError(f"--resume: {args.resume} is a checkpoint of {run_name}, its folder is that of {owner}")
     if checkpoint is not None:
         check_newest_checkpoint(run_dir, args, checkpoint)  # again: another process may have gone on meanwhile
-    return run_dir, run_file
+    return run_name, run_dir, run_file
+
+
+def new_run_folder(run_name):
+    """Make the folder runs/run_name; runs/run_name_2 or _3, ... if a run of that name has begun already."""
+    run_dir = os.path.join("runs", run_name)
+    with writing(run_dir):
+        os.path.abspath(run_dir).encode()  # TensorBoard takes no other paths
+        for k in itertools.count(2):
+            try:
+                os.makedirs(run_dir)
+                return run_dir
+            except FileExistsError:
+                if not os.path.isdir(run_dir):
+                    raise
+                run_dir = os.path.join("runs", f"{run_name}_{k}")
 
 
 def check_newest_checkpoint(run_dir, args, checkpoint):
@@ -1190,11 +1219,12 @@ def log_scalars(writer, global_step, groups):
 
 
 def write_evaluations(run_dir, evaluations):
-    """Write evaluations.csv."""
+    """Write evaluations.csv, its numbers with six significant digits."""
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=evaluations[0].keys(), lineterminator="\n")
     table.writeheader()
-    table.writerows(evaluations)
+    for row in evaluations:
+        table.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
     write_atomically(os.path.join(run_dir, "evaluations.csv"), text.getvalue().encode())
 
 
@@ -1243,6 +1273,18 @@ def save_checkpoint(run_dir, run_name, args, trained, random_state, global_step,
     write_atomically(os.path.join(run_dir, "checkpoint.pt"), buffer.getvalue())
 
 
+def print_summary(run_dir, evaluations, global_step, args):
+    """Say what came of a run that has ended or was stopped, and how to go on with it."""
+    print(f"{run_dir}: {global_step:,} of {args.total_timesteps:,} frames")
+    if evaluations:
+        last = evaluations[-1]
+        print(f"last evaluation: win rate {last['win_rate']:.2f} at {last['global_step']:,} frames")
+    if os.path.exists(os.path.join(run_dir, "checkpoint.pt")):
+        longer = " --total-timesteps MORE" if global_step >= args.total_timesteps else ""
+        print(f"continue: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run_dir)}{longer}")
+    print(f"curves: tensorboard --logdir {shlex.quote(run_dir)}")
+
+
 def failure(error, writer, iteration, saved_step):
     """The UserError that ends a run in training: when it came, and what there is to resume from."""
     with contextlib.suppress(OSError):
@@ -1272,7 +1314,7 @@ def main():
     actor = Actor(D, N, A, args.hidden_dim).to(device)
     critic = Critic(S, N, args.hidden_dim, 1).to(device)
     graph_models = GraphModels(D, A, args.encoder).to(device)
-    adam = {"lr": args.learning_rate, "eps": 1e-5, "fused": True}
+    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
     actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
     models_optimizer = torch.optim.Adam(graph_models.parameters(), **adam)
@@ -1299,11 +1341,13 @@ def main():
 
     if args.track:
         start_wandb(args, run_name)
-    run_dir, run_file = open_run_folder(run_name, args, checkpoint)
+    run_name, run_dir, run_file = open_run_folder(run_name, args, checkpoint)
     writer = open_log(run_dir, args, global_step, resumed=checkpoint is not None)
     if evaluations:
         write_evaluations(run_dir, evaluations)
-    print(f"{run_dir}: {N} agents, {D} observations, state {S}, {A} actions, {args.num_envs} games at a time, {device}")
+    graph_rule = f"learned, c = {args.c}" if args.graph == "learned" else args.graph
+    print(f"{run_dir}: {N} agents, {D} observations, state {S}, {A} actions, {args.num_envs} games per iteration")
+    print(f"dependence graph: {graph_rule}; device: {device}")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", unit_scale=True, mininterval=1.0)
     start_time = time.time()
     start_step = global_step
@@ -1311,9 +1355,8 @@ def main():
     try:
         # EVALUATE the untrained policy, or what a stop signal has kept from being evaluated
         if evaluation_is_due(evaluations, global_step, args):
-            index = global_step // args.eval_interval
             with stop_signals.raised():
-                agent_returns, won = evaluate(envs, actor, args, index, device)
+                agent_returns, won = evaluate(envs, actor, args, global_step // args.eval_interval, device)
             row = evaluation_row(agent_returns, won, global_step, args)
             log_evaluation(writer, run_dir, evaluations, row)
 
@@ -1357,18 +1400,19 @@ def main():
             charts["SPS"] = (global_step - start_step) / max(time.time() - start_time, 1e-9)
             graph_charts |= graph_statistics(graph, active)
             log_scalars(writer, global_step, {"charts": charts, "losses": losses, "graph": graph_charts})
-            win_rate = evaluations[-1]["win_rate"]
-            edges = graph_charts["density"]
-            bar.set_postfix(won=f"{win_rate:.2f}", edges=f"{edges:.2f}", refresh=False)
-            bar.update(global_step - bar.n)
 
             # EVALUATE
             if evaluation_is_due(evaluations, global_step, args):
-                index = global_step // args.eval_interval
                 with stop_signals.raised():
-                    agent_returns, won = evaluate(envs, actor, args, index, device)
+                    agent_returns, won = evaluate(envs, actor, args, global_step // args.eval_interval, device)
                 row = evaluation_row(agent_returns, won, global_step, args)
                 log_evaluation(writer, run_dir, evaluations, row)
+
+            # SHOW
+            win_rate = evaluations[-1]["win_rate"]
+            edges = graph_charts["edges_per_agent"]
+            bar.set_postfix(won=f"{win_rate:.2f}", edges=f"{edges:.2f}", refresh=False)
+            bar.update(global_step - bar.n)
 
             # SAVE
             if checkpoint_is_due(saved_step, global_step, args):
@@ -1391,6 +1435,7 @@ def main():
         writer.close()
     run_file.close()
     end_workers(envs)
+    print_summary(run_dir, evaluations, global_step, args)
     if stop_signals.received:
         sys.exit(128 + stop_signals.received)
 

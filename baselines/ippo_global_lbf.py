@@ -18,9 +18,11 @@ import contextlib
 import csv
 import difflib
 import io
+import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -88,6 +90,8 @@ class Args:
     """units of each hidden layer of policy and critic"""
     learning_rate: float = 5e-4
     """learning rate of every Adam"""
+    adam_eps: float = 1e-5
+    """epsilon of every Adam (the authors have PyTorch's 1e-8)"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -127,6 +131,7 @@ def check_args(args):
     check_range("eval_episodes", args.eval_episodes, 1)
     check_range("hidden_dim", args.hidden_dim, 1)
     check_range("learning_rate", args.learning_rate, 0)
+    check_range("adam_eps", args.adam_eps, 0)
     check_range("gamma", args.gamma, 0, 1)
     check_range("gae_lambda", args.gae_lambda, 0, 1)
     check_range("update_epochs", args.update_epochs, 1)
@@ -411,6 +416,18 @@ class Batch(NamedTuple):
     value_targets: torch.Tensor  # (B, N)
 
 
+def make_batch(rollout, advantages, value_targets):
+    """The steps that took place as one Batch; advantages and value_targets (T, E, N)."""
+    alive = rollout.alive
+    return Batch(
+        obs=rollout.obs[:-1][alive],
+        actions=rollout.actions[alive],
+        logprobs=rollout.logprobs[alive],
+        advantages=advantages[alive],
+        value_targets=value_targets[alive],
+    )
+
+
 def ppo_update(actor, critic, actor_optimizer, critic_optimizer, batch, args):
     """update_epochs times a critic step, then a policy step, each on the whole batch (Schulman et al. 2017).
 
@@ -661,7 +678,8 @@ def choose_device(args):
 
 def make_run_name(args):
     """A name for a new run's folder; UserError if it cannot be one."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    task = args.env_id + ("-wta" if args.winner_take_all else "")
+    name = f"{task}__{args.exp_name}__{args.seed}__{int(time.time())}"
     one_component = args.exp_name and "/" not in args.exp_name and os.sep not in args.exp_name
     if not one_component or not name.isprintable() or len(name.encode()) > 255:
         raise UserError(f"exp_name must name a folder (not empty, no slashes, not too long): {args.exp_name!r}")
@@ -689,21 +707,18 @@ def start_wandb(args, name):
 
 
 def open_run_folder(run_name, args, checkpoint):
-    """The folder of a new run, or that of the checkpoint, and its file run.json, locked by this process.
+    """The run's name, its folder, which is new or the checkpoint's, and its file run.json, locked by this process.
 
     UserError if it cannot be made, another process has it, or it holds another run or a later checkpoint.
     """
     if checkpoint is None:
-        run_dir = os.path.join("runs", run_name)
+        run_dir = new_run_folder(run_name)
+        run_name = os.path.basename(run_dir)
     else:
         run_dir = os.path.dirname(os.path.realpath(args.resume))  # a symlink resumes the run it points to
+        with writing(run_dir):
+            os.path.abspath(run_dir).encode()
         check_newest_checkpoint(run_dir, args, checkpoint)
-    with writing(run_dir):
-        os.path.abspath(run_dir).encode()  # TensorBoard takes no other paths
-        try:
-            os.makedirs(run_dir, exist_ok=checkpoint is not None)
-        except FileExistsError as error:
-            raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
     path = os.path.join(run_dir, "run.json")
     with writing(path):
         run_file = open(path, "a+", encoding="utf-8")
@@ -727,7 +742,22 @@ def open_run_folder(run_name, args, checkpoint):
         raise UserError(f"--resume: {args.resume} is a checkpoint of {run_name}, its folder is that of {owner}")
     if checkpoint is not None:
         check_newest_checkpoint(run_dir, args, checkpoint)  # again: another process may have gone on meanwhile
-    return run_dir, run_file
+    return run_name, run_dir, run_file
+
+
+def new_run_folder(run_name):
+    """Make the folder runs/run_name; runs/run_name_2 or _3, ... if a run of that name has begun already."""
+    run_dir = os.path.join("runs", run_name)
+    with writing(run_dir):
+        os.path.abspath(run_dir).encode()  # TensorBoard takes no other paths
+        for k in itertools.count(2):
+            try:
+                os.makedirs(run_dir)
+                return run_dir
+            except FileExistsError:
+                if not os.path.isdir(run_dir):
+                    raise
+                run_dir = os.path.join("runs", f"{run_name}_{k}")
 
 
 def check_newest_checkpoint(run_dir, args, checkpoint):
@@ -782,11 +812,12 @@ def log_scalars(writer, global_step, groups):
 
 
 def write_evaluations(run_dir, evaluations):
-    """Write evaluations.csv."""
+    """Write evaluations.csv, its numbers with six significant digits."""
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=evaluations[0].keys(), lineterminator="\n")
     table.writeheader()
-    table.writerows(evaluations)
+    for row in evaluations:
+        table.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
     write_atomically(os.path.join(run_dir, "evaluations.csv"), text.getvalue().encode())
 
 
@@ -837,6 +868,18 @@ def save_checkpoint(run_dir, run_name, args, trained, random_state, global_step,
     write_atomically(os.path.join(run_dir, "checkpoint.pt"), buffer.getvalue())
 
 
+def print_summary(run_dir, evaluations, global_step, args):
+    """Say what came of a run that has ended or was stopped, and how to go on with it."""
+    print(f"{run_dir}: {global_step:,} of {args.total_timesteps:,} frames")
+    if evaluations:
+        last = evaluations[-1]
+        print(f"last evaluation: return {last['episodic_return']:.3f} at {last['global_step']:,} frames")
+    if os.path.exists(os.path.join(run_dir, "checkpoint.pt")):
+        longer = " --total-timesteps MORE" if global_step >= args.total_timesteps else ""
+        print(f"continue: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run_dir)}{longer}")
+    print(f"curves: tensorboard --logdir {shlex.quote(run_dir)}")
+
+
 def failure(error, writer, iteration, saved_step):
     """The UserError that ends a run in training: when it came, and what there is to resume from."""
     with contextlib.suppress(OSError):
@@ -864,7 +907,7 @@ def main():
     A = int(envs[0].action_space[0].n)
     actor = AgentNetwork(D, N, args.hidden_dim, A).to(device)
     critic = Critic(D, N, args.hidden_dim, 1).to(device)
-    adam = {"lr": args.learning_rate, "eps": 1e-5, "fused": True}
+    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
     actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
     trained = {
@@ -888,11 +931,13 @@ def main():
 
     if args.track:
         start_wandb(args, run_name)
-    run_dir, run_file = open_run_folder(run_name, args, checkpoint)
+    run_name, run_dir, run_file = open_run_folder(run_name, args, checkpoint)
     writer = open_log(run_dir, args, global_step, resumed=checkpoint is not None)
     if evaluations:
         write_evaluations(run_dir, evaluations)
-    print(f"{run_dir}: {N} agents, {D} observations, {A} actions, {args.num_envs} episodes per iteration, {device}")
+    rules = "winner-take-all" if args.winner_take_all else "vanilla"
+    print(f"{run_dir}: {rules}, {N} agents, {D} observations, {A} actions, {args.num_envs} episodes per iteration")
+    print(f"device: {device}")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", unit_scale=True, mininterval=1.0)
     start_time = time.time()
     start_step = global_step
@@ -900,9 +945,8 @@ def main():
     try:
         # EVALUATE the untrained policy, or what a stop signal has kept from being evaluated
         if evaluation_is_due(evaluations, global_step, args):
-            index = global_step // args.eval_interval
             with stop_signals.raised():
-                agent_returns = evaluate(actor, args, index, device)  # (episodes, N)
+                agent_returns = evaluate(actor, args, global_step // args.eval_interval, device)
             row = evaluation_row(agent_returns, global_step, args)
             log_evaluation(writer, run_dir, evaluations, row)
 
@@ -924,13 +968,7 @@ def main():
             value_targets = advantages + values[:-1]
 
             # UPDATE POLICY AND CRITIC
-            batch = Batch(
-                obs=rollout.obs[:-1][alive],
-                actions=rollout.actions[alive],
-                logprobs=rollout.logprobs[alive],
-                advantages=advantages[alive],
-                value_targets=value_targets[alive],
-            )
+            batch = make_batch(rollout, advantages, value_targets)
             losses = ppo_update(actor, critic, actor_optimizer, critic_optimizer, batch, args)
             losses["explained_variance"] = explained_variance(values[:-1][alive], batch.value_targets)
             # the iteration is whole: a stop from here on resumes after it
@@ -941,17 +979,18 @@ def main():
             charts["learning_rate"] = args.learning_rate
             charts["SPS"] = (global_step - start_step) / max(time.time() - start_time, 1e-9)
             log_scalars(writer, global_step, {"charts": charts, "losses": losses})
-            last_return = evaluations[-1]["episodic_return"]
-            bar.set_postfix(eval=f"{last_return:.3f}", refresh=False)
-            bar.update(global_step - bar.n)
 
             # EVALUATE
             if evaluation_is_due(evaluations, global_step, args):
-                index = global_step // args.eval_interval
                 with stop_signals.raised():
-                    agent_returns = evaluate(actor, args, index, device)  # (episodes, N)
+                    agent_returns = evaluate(actor, args, global_step // args.eval_interval, device)
                 row = evaluation_row(agent_returns, global_step, args)
                 log_evaluation(writer, run_dir, evaluations, row)
+
+            # SHOW
+            last_return = evaluations[-1]["episodic_return"]
+            bar.set_postfix(eval=f"{last_return:.3f}", refresh=False)
+            bar.update(global_step - bar.n)
 
             # SAVE
             if checkpoint_is_due(saved_step, global_step, args):
@@ -973,6 +1012,7 @@ def main():
     with writing(run_dir):
         writer.close()
     run_file.close()
+    print_summary(run_dir, evaluations, global_step, args)
     if stop_signals.received:
         sys.exit(128 + stop_signals.received)
 

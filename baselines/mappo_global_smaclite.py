@@ -24,10 +24,12 @@ import dataclasses
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -110,6 +112,8 @@ class Args:
     """units of each hidden layer of policy and critic"""
     learning_rate: float = 5e-4
     """learning rate of every Adam"""
+    adam_eps: float = 1e-5
+    """epsilon of every Adam (the authors have PyTorch's 1e-8)"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -150,6 +154,7 @@ def check_args(args):
     check_range("eval_episodes", args.eval_episodes, 1)
     check_range("hidden_dim", args.hidden_dim, 1)
     check_range("learning_rate", args.learning_rate, 0)
+    check_range("adam_eps", args.adam_eps, 0)
     check_range("gamma", args.gamma, 0, 1)
     check_range("gae_lambda", args.gae_lambda, 0, 1)
     check_range("update_epochs", args.update_epochs, 1)
@@ -809,21 +814,18 @@ def start_wandb(args, name):
 
 
 def open_run_folder(run_name, args, checkpoint):
-    """The folder of a new run, or that of the checkpoint, and its file run.json, locked by this process.
+    """The run's name, its folder, which is new or the checkpoint's, and its file run.json, locked by this process.
 
     UserError if it cannot be made, another process has it, or it holds another run or a later checkpoint.
     """
     if checkpoint is None:
-        run_dir = os.path.join("runs", run_name)
+        run_dir = new_run_folder(run_name)
+        run_name = os.path.basename(run_dir)
     else:
         run_dir = os.path.dirname(os.path.realpath(args.resume))  # a symlink resumes the run it points to
+        with writing(run_dir):
+            os.path.abspath(run_dir).encode()
         check_newest_checkpoint(run_dir, args, checkpoint)
-    with writing(run_dir):
-        os.path.abspath(run_dir).encode()  # TensorBoard takes no other paths
-        try:
-            os.makedirs(run_dir, exist_ok=checkpoint is not None)
-        except FileExistsError as error:
-            raise UserError(f"the run folder {run_dir} exists and is never overwritten") from error
     path = os.path.join(run_dir, "run.json")
     with writing(path):
         run_file = open(path, "a+", encoding="utf-8")
@@ -847,7 +849,22 @@ def open_run_folder(run_name, args, checkpoint):
         raise UserError(f"--resume: {args.resume} is a checkpoint of {run_name}, its folder is that of {owner}")
     if checkpoint is not None:
         check_newest_checkpoint(run_dir, args, checkpoint)  # again: another process may have gone on meanwhile
-    return run_dir, run_file
+    return run_name, run_dir, run_file
+
+
+def new_run_folder(run_name):
+    """Make the folder runs/run_name; runs/run_name_2 or _3, ... if a run of that name has begun already."""
+    run_dir = os.path.join("runs", run_name)
+    with writing(run_dir):
+        os.path.abspath(run_dir).encode()  # TensorBoard takes no other paths
+        for k in itertools.count(2):
+            try:
+                os.makedirs(run_dir)
+                return run_dir
+            except FileExistsError:
+                if not os.path.isdir(run_dir):
+                    raise
+                run_dir = os.path.join("runs", f"{run_name}_{k}")
 
 
 def check_newest_checkpoint(run_dir, args, checkpoint):
@@ -902,11 +919,12 @@ def log_scalars(writer, global_step, groups):
 
 
 def write_evaluations(run_dir, evaluations):
-    """Write evaluations.csv."""
+    """Write evaluations.csv, its numbers with six significant digits."""
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=evaluations[0].keys(), lineterminator="\n")
     table.writeheader()
-    table.writerows(evaluations)
+    for row in evaluations:
+        table.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
     write_atomically(os.path.join(run_dir, "evaluations.csv"), text.getvalue().encode())
 
 
@@ -955,6 +973,18 @@ def save_checkpoint(run_dir, run_name, args, trained, random_state, global_step,
     write_atomically(os.path.join(run_dir, "checkpoint.pt"), buffer.getvalue())
 
 
+def print_summary(run_dir, evaluations, global_step, args):
+    """Say what came of a run that has ended or was stopped, and how to go on with it."""
+    print(f"{run_dir}: {global_step:,} of {args.total_timesteps:,} frames")
+    if evaluations:
+        last = evaluations[-1]
+        print(f"last evaluation: win rate {last['win_rate']:.2f} at {last['global_step']:,} frames")
+    if os.path.exists(os.path.join(run_dir, "checkpoint.pt")):
+        longer = " --total-timesteps MORE" if global_step >= args.total_timesteps else ""
+        print(f"continue: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run_dir)}{longer}")
+    print(f"curves: tensorboard --logdir {shlex.quote(run_dir)}")
+
+
 def failure(error, writer, iteration, saved_step):
     """The UserError that ends a run in training: when it came, and what there is to resume from."""
     with contextlib.suppress(OSError):
@@ -982,7 +1012,7 @@ def main():
     A = probe.n_actions
     actor = Actor(D, N, A, args.hidden_dim).to(device)
     critic = Critic(S, N, args.hidden_dim, 1).to(device)
-    adam = {"lr": args.learning_rate, "eps": 1e-5, "fused": True}
+    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
     actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
     trained = {
@@ -1006,11 +1036,12 @@ def main():
 
     if args.track:
         start_wandb(args, run_name)
-    run_dir, run_file = open_run_folder(run_name, args, checkpoint)
+    run_name, run_dir, run_file = open_run_folder(run_name, args, checkpoint)
     writer = open_log(run_dir, args, global_step, resumed=checkpoint is not None)
     if evaluations:
         write_evaluations(run_dir, evaluations)
-    print(f"{run_dir}: {N} agents, {D} observations, state {S}, {A} actions, {args.num_envs} games at a time, {device}")
+    print(f"{run_dir}: {N} agents, {D} observations, state {S}, {A} actions, {args.num_envs} games per iteration")
+    print(f"device: {device}")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", unit_scale=True, mininterval=1.0)
     start_time = time.time()
     start_step = global_step
@@ -1018,9 +1049,8 @@ def main():
     try:
         # EVALUATE the untrained policy, or what a stop signal has kept from being evaluated
         if evaluation_is_due(evaluations, global_step, args):
-            index = global_step // args.eval_interval
             with stop_signals.raised():
-                agent_returns, won = evaluate(envs, actor, args, index, device)
+                agent_returns, won = evaluate(envs, actor, args, global_step // args.eval_interval, device)
             row = evaluation_row(agent_returns, won, global_step, args)
             log_evaluation(writer, run_dir, evaluations, row)
 
@@ -1055,17 +1085,18 @@ def main():
             charts["learning_rate"] = args.learning_rate
             charts["SPS"] = (global_step - start_step) / max(time.time() - start_time, 1e-9)
             log_scalars(writer, global_step, {"charts": charts, "losses": losses})
-            win_rate = evaluations[-1]["win_rate"]
-            bar.set_postfix(won=f"{win_rate:.2f}", refresh=False)
-            bar.update(global_step - bar.n)
 
             # EVALUATE
             if evaluation_is_due(evaluations, global_step, args):
-                index = global_step // args.eval_interval
                 with stop_signals.raised():
-                    agent_returns, won = evaluate(envs, actor, args, index, device)
+                    agent_returns, won = evaluate(envs, actor, args, global_step // args.eval_interval, device)
                 row = evaluation_row(agent_returns, won, global_step, args)
                 log_evaluation(writer, run_dir, evaluations, row)
+
+            # SHOW
+            win_rate = evaluations[-1]["win_rate"]
+            bar.set_postfix(won=f"{win_rate:.2f}", refresh=False)
+            bar.update(global_step - bar.n)
 
             # SAVE
             if checkpoint_is_due(saved_step, global_step, args):
@@ -1088,6 +1119,7 @@ def main():
         writer.close()
     run_file.close()
     end_workers(envs)
+    print_summary(run_dir, evaluations, global_step, args)
     if stop_signals.received:
         sys.exit(128 + stop_signals.received)
 

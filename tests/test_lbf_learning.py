@@ -304,8 +304,9 @@ def test_row_is_the_influencer():
     expected[0, 2] = True
     assert graph.dtype == torch.bool and (graph == expected).all()
     assert metrics["predictor_entropy"] == pytest.approx(math.log(4))
-    assert metrics["reverse_entropy"] == pytest.approx(8 / 9 * math.log(4))
-    assert metrics["entropy_ratio"] == pytest.approx(8 / 9)
+    # of the six pairs i != j
+    assert metrics["reverse_entropy_others"] == pytest.approx(5 / 6 * math.log(4))
+    assert metrics["entropy_ratio_others"] == pytest.approx(5 / 6)
 
 
 def test_the_edge_rule():
@@ -378,17 +379,20 @@ def test_update_graph_models_means_cross_entropies():
     single, predictor, reverse = [x.detach().log_softmax(-1) for x in logits]
     B, N = actions.shape
     losses = {"single_reverse_model": [], "action_predictor": [], "reverse_model": []}
-    hits = {name: [] for name in losses}
+    hits = {"single_reverse_model_accuracy": [], "action_predictor_accuracy": [], "reverse_model_accuracy_others": []}
     for b, i in itertools.product(range(B), range(N)):
         a = actions[b, i]
-        own = (("single_reverse_model", single[b, i]), ("action_predictor", predictor[b, i]))
-        for name, logprobs in (*own, *(("reverse_model", reverse[b, i, j]) for j in range(N))):
+        own = (("single_reverse_model", single[b, i], None), ("action_predictor", predictor[b, i], None))
+        for name, logprobs, j in (*own, *(("reverse_model", reverse[b, i, j], j) for j in range(N))):
             losses[name].append(-logprobs[a].item())
-            hits[name].append((logprobs.argmax() == a).item())
+            if j != i:  # that of a pair i = j is easier, and not in the accuracy
+                hits[f"{name}_accuracy" + "_others" * (j is not None)].append((logprobs.argmax() == a).item())
     assert len(losses["reverse_model"]) == 10 * 9
     for name in losses:
         assert float(metrics[f"{name}_loss"]) == pytest.approx(sum(losses[name]) / len(losses[name]), rel=1e-4)
-        assert float(metrics[f"{name}_accuracy"]) == pytest.approx(sum(hits[name]) / len(hits[name]), abs=1e-6)
+    assert len(hits["reverse_model_accuracy_others"]) == 10 * 6
+    for name, outcomes in hits.items():
+        assert float(metrics[name]) == pytest.approx(sum(outcomes) / len(outcomes), abs=1e-6)
 
 
 @pytest.mark.parametrize("num_agents, distance", [(2, 3), (3, 3), (5, 3), (5, 2), (6, 0), (7, 20)])
@@ -435,7 +439,7 @@ def test_graph_statistics():
     graph[0, 0, 1] = graph[0, 1, 2] = graph[1, 2, 0] = True
     oracle[0, 0, 1] = oracle[0, 1, 0] = oracle[1, 0, 1] = oracle[1, 1, 0] = True
     metrics = {name: float(value) for name, value in dg.graph_statistics(graph, oracle).items()}
-    assert metrics["density"] == pytest.approx(3 / 6)
+    assert metrics["edges_per_agent"] == pytest.approx(3 / 6)
     assert metrics["oracle_precision"] == pytest.approx(1 / 3) and metrics["oracle_recall"] == pytest.approx(1 / 4)
     empty = torch.eye(3, dtype=torch.bool).repeat(2, 1, 1)
     assert set(map(float, dg.graph_statistics(empty, empty).values())) == {0.0}

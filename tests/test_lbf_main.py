@@ -55,15 +55,15 @@ def logged(folder, tag):
 
 
 # SETTINGS
-def test_every_adam_has_the_learning_rate_and_the_eps_of_the_spec(lbf_script, tmp_path):
+def test_every_adam_has_the_learning_rate_and_the_eps_of_the_options(lbf_script, tmp_path):
     """As the checkpoint has them: policy, critic and, where there is a graph, its models."""
-    folder = play(load(lbf_script), tmp_path, "--learning-rate", 0.003, "--save-model")
+    folder = play(load(lbf_script), tmp_path, "--learning-rate", 0.003, "--adam-eps", 1e-7, "--save-model")
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     names = ["actor", "critic", "models"] if lbf_script in DG_SCRIPTS else ["actor", "critic"]
     for name in names:
         optimizer = checkpoint[f"{name}_optimizer"]
         (group,) = optimizer["param_groups"]
-        assert (group["lr"], group["eps"], group["betas"], group["weight_decay"]) == (0.003, 1e-5, (0.9, 0.999), 0)
+        assert (group["lr"], group["eps"], group["betas"], group["weight_decay"]) == (0.003, 1e-7, (0.9, 0.999), 0)
         assert len(optimizer["state"]) == len(checkpoint[name])  # no weight is left out
     assert set(logged(folder, "charts/learning_rate")) == {np.float32(0.003)}
 

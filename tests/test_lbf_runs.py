@@ -16,6 +16,7 @@ from conftest import DG_SCRIPTS, LBF_SCRIPTS, ROOT, load, run, run_folder, run_i
 SMALL = ["--env-id", "Foraging-6x6-3p-2f-v3", "--no-winner-take-all", "--num-envs", 4, "--total-timesteps", 600]
 SMALL += ["--eval-episodes", 2, "--eval-interval", 10**6, "--checkpoint-interval", 0]
 MODELS = ("single_reverse_model", "action_predictor", "reverse_model")
+ACCURACIES = ["single_reverse_model_accuracy", "action_predictor_accuracy", "reverse_model_accuracy_others"]
 
 
 def tags_of(script, cwd, *options):
@@ -36,12 +37,26 @@ def expected_tags(script, num_agents):
     losses = ["policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance", "first_ratio"]
     graph = []
     if script in DG_SCRIPTS:
-        losses += [f"{model}_{what}" for model in MODELS for what in ("loss", "accuracy")]
-        graph = ["density", "oracle_precision", "oracle_recall"]
-        graph += ["predictor_entropy", "reverse_entropy", "entropy_ratio"]
+        losses += [f"{model}_loss" for model in MODELS] + ACCURACIES
+        graph = ["edges_per_agent", "oracle_precision", "oracle_recall"]
+        graph += ["predictor_entropy", "reverse_entropy_others", "entropy_ratio_others"]
     evaluations = ["episodic_return", "episodic_return_std", "episodes", *agents]
     groups = {"charts": charts, "losses": losses, "graph": graph, "eval": evaluations}
     return {f"{group}/{name}" for group, names in groups.items() for name in names}
+
+
+def check_what_is_said(stdout, script, folder):
+    """What is about to run, and at the end what came of it."""
+    first, device, frames, evaluation, resume, curves = stdout.splitlines()
+    run_dir = f"runs/{folder.name}"
+    assert first == f"{run_dir}: vanilla, 3 agents, 15 observations, 6 actions, 10 episodes per iteration"
+    assert device == ("dependence graph: learned, c = 0.9; device: cpu" if script in DG_SCRIPTS else "device: cpu")
+    rows = list(csv.DictReader((folder / "evaluations.csv").read_text(encoding="utf-8").splitlines()))
+    reached = int(rows[-1]["global_step"])
+    assert frames == f"{run_dir}: {reached:,} of 2,500 frames"
+    assert evaluation == f"last evaluation: return {float(rows[-1]['episodic_return']):.3f} at {reached:,} frames"
+    assert re.fullmatch(rf"continue: python \S+{Path(script).name} --resume {run_dir} --total-timesteps MORE", resume)
+    assert curves == f"curves: tensorboard --logdir {run_dir}"
 
 
 def test_a_script_alone_in_an_empty_folder(lbf_script, tmp_path):
@@ -54,7 +69,7 @@ def test_a_script_alone_in_an_empty_folder(lbf_script, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {Path(alone).name, "runs"}
     assert re.fullmatch(rf"Foraging-5x5-3p-2f-v3__{Path(alone).stem}__1__\d+", folder.name)
     assert {path.name.split(".")[0] for path in folder.iterdir()} == {"checkpoint", "evaluations", "events", "run"}
-    assert len(done.stdout.splitlines()) == 1 and "3 agents, 15 observations, 6 actions" in done.stdout
+    check_what_is_said(done.stdout, lbf_script, folder)
 
     tags = scalars(folder)
     assert set(tags) == expected_tags(lbf_script, num_agents=3)
@@ -75,12 +90,14 @@ def test_a_script_alone_in_an_empty_folder(lbf_script, tmp_path):
     assert values(tags, "charts/episodic_return") == pytest.approx(agents.sum(0), abs=1e-6)
     assert (agents >= 0).all() and 0 < agents.sum(0).max() <= 1
     if lbf_script in DG_SCRIPTS:
-        assert all(0 <= value <= 2 for value in values(tags, "graph/density"))
-        for tag in [f"losses/{model}_accuracy" for model in MODELS] + ["graph/oracle_precision", "graph/oracle_recall"]:
+        assert all(0 <= value <= 2 for value in values(tags, "graph/edges_per_agent"))
+        for tag in [f"losses/{name}" for name in ACCURACIES] + ["graph/oracle_precision", "graph/oracle_recall"]:
             assert all(0 <= value <= 1 for value in values(tags, tag)), tag
-        predictor, reverse = (np.array(values(tags, f"graph/{name}_entropy")) for name in ("predictor", "reverse"))
+        predictor, reverse = (
+            np.array(values(tags, f"graph/{name}")) for name in ("predictor_entropy", "reverse_entropy_others")
+        )
         assert (predictor > 0).all() and (predictor <= math.log(6) + 1e-5).all()
-        assert values(tags, "graph/entropy_ratio") == pytest.approx(reverse / predictor, rel=1e-5)
+        assert values(tags, "graph/entropy_ratio_others") == pytest.approx(reverse / predictor, rel=1e-5)
 
     header = ["global_step", "evaluation", "nominal_step", "episodic_return", "episodic_return_std", "episodes"]
     header += [f"episodic_return_agent_{i}" for i in range(3)]
@@ -95,7 +112,10 @@ def test_a_script_alone_in_an_empty_folder(lbf_script, tmp_path):
     assert [int(row["evaluation"]) for row in rows] == [step // 700 for step in due]
     assert [int(row["nominal_step"]) for row in rows] == [step // 700 * 700 for step in due[:-1]] + [2500]
     for name in header[3:]:
-        assert tags[f"eval/{name}"] == [(int(row["global_step"]), np.float32(row[name])) for row in rows], name
+        steps, means = zip(*tags[f"eval/{name}"])
+        assert list(steps) == [int(row["global_step"]) for row in rows], name
+        # evaluations.csv has six significant digits
+        assert means == pytest.approx([float(row[name]) for row in rows], rel=6e-6), name
     means = [[float(row[f"episodic_return_agent_{i}"]) for i in range(3)] for row in rows]
     assert [float(row["episodic_return"]) for row in rows] == pytest.approx(np.sum(means, 1), abs=1e-6)
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
@@ -113,6 +133,7 @@ def test_the_default_task(lbf_script, tmp_path):
     paper = {"num_envs": 10, "hidden_dim": 128, "learning_rate": 5e-4, "gamma": 0.99, "gae_lambda": 0.95}
     paper |= {"update_epochs": 4, "clip_coef": 0.2, "ent_coef": 0.001, "max_grad_norm": 10.0, "norm_adv": False}
     paper |= {"winner_take_all": True, "eval_interval": 50_000, "eval_greedy": False, "cuda": False, "num_threads": 1}
+    paper |= {"adam_eps": 1e-5}  # CleanRL's; the paper's code has 1e-8
     if lbf_script in DG_SCRIPTS:
         paper |= {"c": 0.9, "graph": "learned", "soft": True, "encoder": True, "transpose_graph": False}
         paper |= {"edge_drop": 0.0, "edge_add": 0.0, "oracle_distance": 3}
@@ -180,21 +201,21 @@ DENSITIES = [  # options, edges of an agent to the two others
 def test_graph_options(dg_script, tmp_path, options, density):
     tags = tags_of(dg_script, tmp_path, *options)
     tolerance = 0 if density in (0, 2) else 0.1
-    assert np.mean(values(tags, "graph/density")) == pytest.approx(density, abs=tolerance)
+    assert np.mean(values(tags, "graph/edges_per_agent")) == pytest.approx(density, abs=tolerance)
     assert ("losses/reverse_model_loss" in tags) == ("--graph" not in options)  # the models train if they are used
 
 
 def test_the_oracle_agrees_with_itself(dg_script, tmp_path):
     tags = tags_of(dg_script, tmp_path, "--graph", "oracle")
     assert set(values(tags, "graph/oracle_precision")) == set(values(tags, "graph/oracle_recall")) == {1}
-    assert all(0 < value < 2 for value in values(tags, "graph/density"))
+    assert all(0 < value < 2 for value in values(tags, "graph/edges_per_agent"))
 
 
 def test_c_adds_edges(dg_script, tmp_path):
     """The same models see the same first iteration: a larger c keeps the edges and adds some."""
     tags = [tags_of(dg_script, tmp_path / str(c), "--c", c) for c in (0, 0.9, 1)]
-    ratios = {values(run_tags, "graph/entropy_ratio")[0] for run_tags in tags}
-    density = [values(run_tags, "graph/density")[0] for run_tags in tags]
+    ratios = {values(run_tags, "graph/entropy_ratio_others")[0] for run_tags in tags}
+    density = [values(run_tags, "graph/edges_per_agent")[0] for run_tags in tags]
     assert len(ratios) == 1 and 0 == density[0] <= density[1] < density[2]
 
 
@@ -323,7 +344,7 @@ EFFECTS = {  # option: (the settings to which it is added, its setting, what it 
     "save_model": ("", "--save-model", {"checkpoint"}),
     "checkpoint_interval": ("", "--checkpoint-interval 300", {"checkpoint"}),
     "env_id": ("", "--env-id Foraging-6x6-3p-3f-v3", TRAINS | {"name", "untrained"}),
-    "winner_take_all": ("", "--winner-take-all", TRAINS | {"untrained"}),
+    "winner_take_all": ("", "--winner-take-all", TRAINS | {"name", "untrained"}),
     "total_timesteps": ("", "--total-timesteps 850", {"length", "evaluations"}),
     "num_envs": ("", "--num-envs 3", TRAINS),
     "eval_interval": ("", "--eval-interval 300", {"evaluations"}),
@@ -331,6 +352,7 @@ EFFECTS = {  # option: (the settings to which it is added, its setting, what it 
     "eval_greedy": ("", "--eval-greedy", {"untrained", "evaluations"}),
     "hidden_dim": ("", "--hidden-dim 32", TRAINS | {"untrained"}),
     "learning_rate": ("", "--learning-rate 5e-3", TRAINS),
+    "adam_eps": ("--learning-rate 5e-3", "--adam-eps 1", TRAINS),
     "gamma": ("", "--gamma 0.5", TRAINS),
     "gae_lambda": ("", "--gae-lambda 0.5", TRAINS),
     "update_epochs": ("--learning-rate 5e-3", "--update-epochs 2", TRAINS),
@@ -422,7 +444,7 @@ def test_exp_name_names_the_folder(lbf_script, tmp_path):
 
 
 COMMON = """exp_name seed torch_deterministic cuda track wandb_project_name wandb_entity save_model env_id
-total_timesteps learning_rate num_envs gamma gae_lambda update_epochs norm_adv clip_coef ent_coef max_grad_norm
+total_timesteps learning_rate num_envs gamma gae_lambda adam_eps update_epochs norm_adv clip_coef ent_coef max_grad_norm
 winner_take_all hidden_dim eval_interval eval_episodes eval_greedy checkpoint_interval resume num_threads""".split()
 OF_THE_GRAPH = "c graph graph_p soft encoder edge_drop edge_add bf16 transpose_graph oracle_distance".split()
 

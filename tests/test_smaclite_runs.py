@@ -69,7 +69,7 @@ def test_what_a_run_gives(script, tmp_path):
     tags = set(events.Tags()["scalars"])
     assert {"charts/episodic_return", "charts/win_rate", "charts/SPS", "eval/win_rate", "eval/episodic_return"} <= tags
     assert {"losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/explained_variance"} <= tags
-    assert ("graph/density" in tags) == ("losses/reverse_model_accuracy" in tags) == ("_dg_" in script)
+    assert ("graph/edges_per_agent" in tags) == ("losses/reverse_model_accuracy_others" in tags) == ("_dg_" in script)
     assert all(event.value == pytest.approx(1, abs=1e-4) for event in events.Scalars("losses/first_ratio"))
     rows = list(csv.DictReader(open(folder / "evaluations.csv")))
     assert list(rows[0])[:3] == ["global_step", "evaluation", "nominal_step"]
