@@ -5,20 +5,23 @@ import math
 from collections import Counter
 from types import SimpleNamespace
 
-import mappo_cdg_lbf as cdg
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, load, run, run_folder, run_inside, scalars
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_advantages import discounts, episodes, loop_gae, loop_meeting_times, shapes
 from test_lbf_environment import COOP, VANILLA, towards_food
 
+SCRIPT = "mappo_cdg_lbf.py"
+cdg = load(SCRIPT)
+
 
 # THE SIMULATOR'S GRAPH
 def outcome(env, actions):
     """Step a copy of the environment -> each player's end cell and reward, the foods that are left."""
-    constant = (env.observation_space, env.action_space, env.logger, env.np_random, env.view)
+    constant = (env.observation_space, env.action_space, env.logger, env.np_random, env.views)
     twin = copy.deepcopy(env, {id(part): part for part in constant})
     _, rewards, *_ = twin.step(actions)
     return [player.position for player in twin.players], rewards, set(twin.foods)
@@ -57,8 +60,8 @@ def compare(env, policy, steps, crowded=0.0):
             crowd(env, rng)
         actions = policy(env, rng)
         shared, private = brute_force(env, actions, seen)
-        assert set(cdg.counterfactual_edges(env, actions, shared_food=True)) == shared
-        assert set(cdg.counterfactual_edges(env, actions, shared_food=False)) == private
+        for env.shared_food, expected in ((True, shared), (False, private)):
+            assert set(env.counterfactual_edges(actions)) == expected
         seen["step"] += 1
         seen["two in a cell"] += len({player.position for player in env.players}) < env.n_agents
         if env.step(actions)[2]:
@@ -85,9 +88,9 @@ def at_random(env, rng):
 def test_edges_are_those_of_brute_force(env_id):
     """The six tasks of training: random actions, and steps towards food in crowds, where most of the edges are."""
     env = cdg.make_env(env_id, winner_take_all="coop" in env_id, seed=3)
-    assert compare(env, at_random, 800)["moved"] > 0
-    seen = compare(env, towards_food, 1000, crowded=0.3)
-    assert min(seen[what] for what in ("moved", "rewarded and eaten", "eaten, not rewarded")) > 100
+    assert compare(env, at_random, 300)["moved"] > 0
+    seen = compare(env, towards_food, 600, crowded=0.3)
+    assert min(seen[what] for what in ("moved", "rewarded and eaten", "eaten, not rewarded")) > 60
     assert seen["two in a cell"] > 5
     # who joins others that are strong enough without him takes a share of their reward, or all of it; two agents that
     # food needs both cannot
@@ -115,7 +118,7 @@ def test_edges_under_other_rules(env_id, winner_take_all, settings):
     assert (seen["penalty"] > 0) == ("penalty" in settings)
 
 
-def test_a_rollout_brings_the_graph_of_each_step(monkeypatch):
+def test_the_graph_of_a_rollout_is_that_of_each_step(monkeypatch):
     """(T, E, N_i, N_j), row = influencer, before the step: with a spy that names one pair for each step."""
     envs = [cdg.make_env("Foraging-5x5-3p-1f-v3", seed=seed) for seed in (1, 2)]
     steps, played = [], []
@@ -125,16 +128,19 @@ def test_a_rollout_brings_the_graph_of_each_step(monkeypatch):
         played.append(actions)
         return [(0, env.current_step % 2 + 1)]
 
-    logits = torch.zeros(6)
-    results = cdg.collect(envs, lambda obs: logits.expand(*obs.shape[:-1], 6), torch.device("cpu"), edges=edges)
-    *_, alive, graph = results
-    assert len(results) == 7 and graph.shape == (*alive.shape, 3, 3) and int(alive.sum()) == len(steps)
+    monkeypatch.setattr(cdg.CounterfactualForaging, "counterfactual_edges", edges)
+    for _ in range(2):  # the second episode's alone counts
+        steps.clear()
+        played.clear()
+        rollout = cdg.collect(envs, lambda obs: torch.zeros(*obs.shape[:-1], 6), torch.device("cpu"))
+    graph = cdg.simulator_graph(envs)
+    assert graph.shape == (*rollout.alive.shape, 3, 3) and int(rollout.alive.sum()) == len(steps)
     for (t, e), actions in zip(steps, played):
-        assert alive[t, e] and results[1][t, e].tolist() == actions
+        assert rollout.alive[t, e] and rollout.actions[t, e].tolist() == actions
         expected = torch.eye(3, dtype=torch.bool)
         expected[0, t % 2 + 1] = True
         assert torch.equal(graph[t, e], expected)
-    assert len(cdg.collect(envs, lambda obs: logits.expand(*obs.shape[:-1], 6), torch.device("cpu"))) == 6
+    assert (graph[~rollout.alive] == torch.eye(3, dtype=torch.bool)).all()
 
 
 # THE PAIRWISE TARGETS
@@ -145,7 +151,7 @@ def pair_episodes(seed, T, E, N, edge_probability=0.3):
     return rewards, pair_values, terminated, alive, graph
 
 
-def loop_pairwise_targets(rewards, pair_values, terminated, alive, graph, gamma, lam):
+def loop_pairwise_targets(rewards, pair_values, terminated, alive, graph, gamma, lam, promised=None):
     """The recursion of the docstring, one entry after the other, from the definition of the meeting times."""
     T, E, N = rewards.shape
     own_values = pair_values.diagonal(dim1=-2, dim2=-1)
@@ -161,7 +167,8 @@ def loop_pairwise_targets(rewards, pair_values, terminated, alive, graph, gamma,
                     influenced = [i] + [k for k in range(N) if graph[t, e, i, k] and k != i]
                     via = min(influenced, key=lambda k: met[t + 1, e, k, j])  # min keeps the first of equal ones
                     if i == j or graph[t, e, i, j]:
-                        targets[t, e, i, j] = own[t, e, j]
+                        less = 0 if i == j or promised is None else promised[t, e, j]
+                        targets[t, e, i, j] = own[t, e, j] - less
                     elif not terminated[t, e]:
                         values = (1 - lam) * pair_values[t + 1, e, via, j] + lam * targets[t + 1, e, via, j]
                         targets[t, e, i, j] = gamma * values
@@ -173,8 +180,10 @@ def loop_pairwise_targets(rewards, pair_values, terminated, alive, graph, gamma,
 @given(**shapes, **discounts, edge_probability=st.floats(0, 1))
 def test_pairwise_targets_are_the_recursion(seed, T, E, N, gamma, lam, edge_probability):
     data = pair_episodes(seed, T, E, N, edge_probability)
-    expected = loop_pairwise_targets(*data, gamma, lam)
-    torch.testing.assert_close(cdg.pairwise_targets(*data, gamma, lam).double(), expected, rtol=1e-4, atol=1e-4)
+    for promised in (None, torch.randn((T, E, N))):
+        expected = loop_pairwise_targets(*data, gamma, lam, promised)
+        result = cdg.pairwise_targets(*data, gamma, lam, promised)
+        torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,6 +200,13 @@ def test_with_lambda_one_they_are_the_rewards_after_the_meeting(seed, T, E, N, g
     targets = cdg.pairwise_targets(rewards, pair_values, terminated, alive, graph, gamma, 1.0)
     torch.testing.assert_close(targets.double(), expected, rtol=1e-4, atol=1e-4)
 
+    promised = torch.randn((T, E, N), generator=torch.Generator().manual_seed(seed))  # taken off where they meet
+    for t, e, i, j in (~met.isinf()).nonzero().tolist():
+        m = int(met[t, e, i, j])
+        expected[t, e, i, j] -= 0 if i == j else gamma ** (m - t) * promised[m, e, j]
+    targets = cdg.pairwise_targets(rewards, pair_values, terminated, alive, graph, gamma, 1.0, promised)
+    torch.testing.assert_close(targets.double(), expected, rtol=1e-4, atol=1e-4)
+
 
 @pytest.mark.parametrize("T, N", [(50, 3), (150, 10)])
 def test_pairwise_targets_at_the_sizes_of_training(T, N):
@@ -199,11 +215,10 @@ def test_pairwise_targets_at_the_sizes_of_training(T, N):
     torch.testing.assert_close(cdg.pairwise_targets(*data, 0.99, 0.95).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def advantages(advantage, rewards, values, terminated, alive, graph, soft=True, gamma=0.99, gae_lambda=0.95, before=0):
-    args = SimpleNamespace(
-        advantage=advantage, gamma=gamma, gae_lambda=gae_lambda, soft=soft, pre_meeting_lambda=before
-    )
-    return cdg.credit(rewards, values, terminated, alive, graph, args)
+def advantages(advantage, rewards, values, terminated, alive, graph, soft=True, gamma=0.99, gae_lambda=0.95):
+    args = SimpleNamespace(advantage=advantage, gamma=gamma, gae_lambda=gae_lambda, soft=soft)
+    rollout = SimpleNamespace(rewards=rewards, terminated=terminated, alive=alive)
+    return cdg.credit(args, rollout, values, graph)
 
 
 def test_limits_of_the_pairwise_advantage():
@@ -246,7 +261,8 @@ def test_pairwise_targets_of_one_step():
 
 def test_a_pair_that_never_meets_has_no_target():
     rewards, pair_values = torch.ones((5, 1, 2)), torch.zeros((6, 1, 2, 2))
-    alive, terminated = torch.ones((5, 1)), torch.tensor([0, 0, 0, 0, 1]).unsqueeze(1)
+    alive = torch.ones((5, 1), dtype=torch.bool)
+    terminated = torch.tensor([0, 0, 0, 0, 1], dtype=torch.bool).unsqueeze(1)
     graph = torch.eye(2, dtype=torch.bool).repeat(5, 1, 1, 1)
     graph[2, 0, 0, 1] = True
     targets = cdg.pairwise_targets(rewards, pair_values, terminated, alive, graph, 1.0, 1.0)[:, 0]
@@ -282,119 +298,19 @@ def test_relabelling_the_agents_of_pairwise_targets(seed, T, E, order):
     torch.testing.assert_close(cdg.pairwise_targets(*data, 0.99, 1.0), expected, rtol=1e-5, atol=1e-5)
 
 
-# THE PREDICTABLE ADVANTAGE
-def loop_predictable(rewards, values, terminated, alive, graph, gamma, lam, before):
-    """The recursion of the docstring, one entry after the other, from the definition of the meeting times."""
-    T, E, N = rewards.shape
-    own, deltas = (loop_gae(rewards, values, terminated, alive, gamma, x) for x in (lam, 0))
-    met = torch.cat([loop_meeting_times(graph, alive), torch.full((1, E, N, N), math.inf)])
-    result = torch.zeros((T + 1, E, N, N), dtype=torch.float64)
-    for e in range(E):
-        for t in reversed(range(int(alive[:, e].sum()))):
-            for i in range(N):
-                influenced = [i] + [k for k in range(N) if graph[t, e, i, k] and k != i]
-                for j in range(N):
-                    via = min(influenced, key=lambda k: met[t + 1, e, k, j])
-                    later = deltas[t, e, j] + gamma * before * result[t + 1, e, via, j]
-                    result[t, e, i, j] = own[t, e, j] if i == j or graph[t, e, i, j] else later
-    return result[:-1].sum(-1)
-
-
-@settings(max_examples=80, deadline=None)
-@given(**shapes, **discounts, fraction=st.floats(0, 1), edge_probability=st.floats(0, 1))
-def test_predictable_gae_is_the_recursion(seed, T, E, N, gamma, lam, fraction, edge_probability):
-    """Episodes of random lengths, from one step on, that are terminated or cut."""
-    data = episodes(seed, T, E, N, edge_probability)
-    expected = loop_predictable(*data, gamma, lam, fraction * lam)
-    result = cdg.predictable_gae(*data, gamma, lam, fraction * lam)
-    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("T, N", [(50, 3), (150, 10)])
-@pytest.mark.parametrize("before", [0.0, 0.5])
-def test_predictable_gae_at_the_sizes_of_training(T, N, before):
-    data = episodes(0, T, 2, N, edge_probability=0.05)
-    expected = loop_predictable(*data, 0.99, 0.95, before)
-    torch.testing.assert_close(cdg.predictable_gae(*data, 0.99, 0.95, before).double(), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_limits_of_the_predictable_advantage():
-    rewards, values, terminated, alive, graph = episodes(7, 30, 4, 3)
-    data = rewards, values, terminated, alive
-    complete, identity = torch.ones_like(graph), torch.eye(3, dtype=torch.bool).expand_as(graph)
-    own, deltas = (loop_gae(*data, 0.99, x).float() for x in (0.95, 0))
-    everybody = own.sum(-1, keepdim=True).expand_as(own)  # the global advantage
-    for edges, before in ((complete, 0.0), (complete, 0.5), (graph, 0.95), (identity, 0.95)):
-        torch.testing.assert_close(
-            cdg.predictable_gae(*data, edges, 0.99, 0.95, before), everybody, rtol=1e-4, atol=1e-4
-        )
-    mine = cdg.predictable_gae(*data, identity, 0.99, 0.95, 0.0)
-    torch.testing.assert_close(mine, own + deltas.sum(-1, keepdim=True) - deltas, rtol=1e-4, atol=1e-4)
-    one_step = cdg.predictable_gae(*data, graph, 0.99, 0.0, 0.0)
-    torch.testing.assert_close(one_step, deltas.sum(-1, keepdim=True).expand_as(own), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("T", [1, 20])
-def test_predictable_gae_of_an_episode_of_one_step(T):
-    """A terminal state is worth 0, a cut episode bootstraps; T = 1 or padding behind makes no difference."""
-    rewards, values, _, _, graph = episodes(8, T, 4, 2)
-    alive = torch.zeros((T, 4), dtype=torch.bool)
-    alive[0] = True
-    terminated = alive & (torch.arange(4) % 2 == 0)
-    result = cdg.predictable_gae(rewards, values, terminated, alive, graph, 0.9, 0.95, 0.3)
-    deltas = rewards[0] + 0.9 * values[1] * torch.tensor([0.0, 1, 0, 1]).unsqueeze(-1) - values[0]
-    torch.testing.assert_close(result[0], deltas.sum(-1, keepdim=True).expand(4, 2))
-    assert (result[1:] == 0).all()
-
-
-def test_the_padding_of_predictable_gae_is_exactly_zero_and_never_read():
-    rewards, values, terminated, alive, graph = episodes(9, 25, 6, 3)
-    assert not alive.all()
-    expected = cdg.predictable_gae(rewards, values, terminated, alive, graph, 0.99, 0.95, 0.5)
-    assert (expected[~alive] == 0).all()
-    rewards[~alive], graph[~alive] = math.nan, True
-    over = torch.cat([torch.zeros_like(alive[:1]), ~alive])
-    values[over & ~torch.cat([alive[:1], alive & ~terminated])] = math.nan  # V(s_t+1) of a cut episode is read
-    assert torch.equal(cdg.predictable_gae(rewards, values, terminated, alive, graph, 0.99, 0.95, 0.5), expected)
-
-
-def test_an_edge_counts_from_the_step_after_it():
-    """What an edge at t lets through is not delta_t, which counts in any case, but what follows."""
-    rewards, values, terminated, alive, graph = episodes(10, 12, 3, 3, edge_probability=0.2)
-    alive[:], terminated[:] = True, False
-    late = rewards.clone()
-    late[6:] += 1
-
-    def change(graph):
-        results = [cdg.predictable_gae(x, values, terminated, alive, graph, 0.99, 0.95, 0.0) for x in (rewards, late)]
-        return (results[1] - results[0])[6]
-
-    graph[6] = torch.eye(3, dtype=torch.bool)
-    graph[6, :, 0, 1] = True
-    own = sum((0.99 * 0.95) ** n for n in range(6))
-    torch.testing.assert_close(change(graph), torch.tensor([2 * own + 1, own + 2, own + 2]).expand(3, 3))
-
-
-def test_the_predictable_advantage_of_the_script():
-    data = episodes(11, 30, 4, 3)
-    result, targets = advantages("predictable", *data, before=0.5)
-    assert torch.equal(result, cdg.predictable_gae(*data, 0.99, 0.95, 0.5))
-    assert torch.equal(targets, cdg.gae(*data[:-1], 0.99, 0.95) + data[1][:-1])
-
-
 # THE OTHER ADVANTAGES
 def test_blind_advantage():
     """The definition: one's own GAE by the critic that sees, the others' by the blind one, from the meeting on."""
     rewards, _, terminated, alive, graph = episodes(5, 30, 4, 3)
-    values = torch.randn((31, 4, 3, 2))
+    values = torch.randn((31, 4, 2, 3))
     result, targets = advantages("blind", rewards, values, terminated, alive, graph)
-    seeing, blind = (loop_gae(rewards, values[..., k], terminated, alive, 0.99, 0.95) for k in (0, 1))
+    seeing, blind = (loop_gae(rewards, values[..., k, :], terminated, alive, 0.99, 0.95) for k in (0, 1))
     met, expected = loop_meeting_times(graph, alive), seeing.clone()
     for t, e, i, j in (~met.isinf()).nonzero().tolist():
         m = int(met[t, e, i, j])
         expected[t, e, i] += 0 if i == j else (0.99 * 0.95) ** (m - t) * blind[m, e, j]
     torch.testing.assert_close(result.double()[alive], expected[alive], rtol=1e-4, atol=1e-4)
-    expected = torch.stack([seeing, blind], -1) + values[:-1]
+    expected = torch.stack([seeing, blind], -2) + values[:-1]
     torch.testing.assert_close(targets.double()[alive], expected[alive], rtol=1e-4, atol=1e-4)
 
 
@@ -406,19 +322,66 @@ def test_published_advantage(soft):
     assert torch.equal(targets, cdg.gae(rewards, values, terminated, alive, 0.99, 0.95) + values[:-1])
 
 
+def test_surprise_advantage():
+    """Pairwise values of the return beyond what the blind critic promises; the blind critic learns j's own return."""
+    rewards, pair_values, terminated, alive, graph = pair_episodes(12, 30, 4, 3)
+    promises = torch.randn((31, 4, 1, 3))
+    data = terminated, alive, graph
+    result, targets = advantages("surprise", rewards, torch.cat([pair_values, promises], -2), *data)
+    expected = loop_pairwise_targets(rewards, pair_values, *data, 0.99, 0.95, promises[:-1, :, 0])
+    torch.testing.assert_close(targets[..., :3, :].double(), expected, rtol=1e-4, atol=1e-4)
+    own_returns = expected.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(targets[..., 3, :].double(), own_returns, rtol=1e-4, atol=1e-4)
+    expected = (expected - pair_values[:-1]).sum(-1)
+    torch.testing.assert_close(result.double()[alive], expected[alive], rtol=1e-4, atol=1e-4)
+
+
+def test_who_meets_another_for_nothing_gets_no_credit():
+    """Agent 1 earns 1 in the last step whatever agent 0 does. To meet it is worth 1 to the pairwise advantage, which is
+    the bias of section 7; and 0 to the surprise, since agent 1's own state promised it."""
+    rewards = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0]]).unsqueeze(1)
+    alive = torch.ones((3, 1), dtype=torch.bool)
+    terminated = torch.tensor([[False], [False], [True]])
+    graph = torch.eye(2, dtype=torch.bool).repeat(3, 1, 1, 1)
+    graph[1, 0, 0, 1] = True
+    values = torch.zeros((4, 1, 2, 2))
+    values[:3, :, 1, 1] = 1.0  # agent 1's own value: perfect
+    promises = values[..., 1:, :].clone()
+    promises[..., 0] = 0.0
+    pairwise, _ = advantages("pairwise", rewards, values, terminated, alive, graph, gamma=1.0)
+    surprise, _ = advantages(
+        "surprise", rewards, torch.cat([values, promises], -2), terminated, alive, graph, gamma=1.0
+    )
+    assert pairwise[:2, 0, 0].tolist() == pytest.approx([0.95, 1.0])
+    assert surprise.abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("env_id", ["Foraging-8x8-2p-4f-coop-v3", "Foraging-2s-6x6-3p-2f-v3"])
-def test_the_blind_critic_sees_no_other_player(env_id):
+@pytest.mark.parametrize("advantage", ["surprise", "blind"])
+def test_the_blind_critic_sees_no_other_player(advantage, env_id):
     """Its value changes with what is one's own or common and with nothing else; the other critic's with everything."""
     env = cdg.make_env(env_id)
     N, D = env.n_agents, env.observation_space[0].shape[0]
     own = 3 * env.max_num_food + 3
-    critic, obs = cdg.TwoCritics(D, own, N, 16), torch.randn(D).expand(N, D).clone()
+    critic = cdg.make_critic(SimpleNamespace(advantage=advantage, hidden_dim=16), env)
+    obs = torch.randn(D).expand(N, D).clone()
     before = critic(obs)
     for feature in range(D):
         changed = obs.clone()
         changed[0, feature] += 1
-        seeing, blind = (critic(changed) != before).unbind(-1)
-        assert seeing.all() and blind[0] == (feature < own) and not blind[1:].any()
+        *seeing, blind = critic(changed) != before
+        assert all(row.all() for row in seeing)
+        assert blind[0] == (feature < own) and not blind[1:].any()
+
+
+@pytest.mark.parametrize("advantage", ["pairwise", "surprise", "blind", "published"])
+def test_a_critic_has_the_values_that_its_advantage_needs(advantage):
+    env = cdg.make_env("Foraging-5x5-3p-1f-v3")
+    critic = cdg.make_critic(SimpleNamespace(advantage=advantage, hidden_dim=16), env)
+    rewards, _, terminated, alive, graph = episodes(13, 7, 4, 3)
+    values = critic(torch.randn(8, 4, 3, env.observation_space[0].shape[0])).detach()
+    result, targets = advantages(advantage, rewards, values, terminated, alive, graph)
+    assert result.shape == rewards.shape and targets.shape == values[:-1].shape
 
 
 def test_a_row_of_the_pair_critic_belongs_to_one_influencer():
@@ -426,7 +389,147 @@ def test_a_row_of_the_pair_critic_belongs_to_one_influencer():
     critic, obs = cdg.PairCritic(3 * 4, 3, 32, 3), torch.randn(5, 3, 4)
     before = critic(obs)
     with torch.no_grad():
-        critic.agent_id.weight[1] += 1
+        critic.agent_id[1] += 1
     assert before.shape == (5, 3, 3)
     changed = critic(obs) != before
     assert changed[:, 1].all() and not changed[:, [0, 2]].any()
+
+
+# THE LEARNED GRAPH
+def skilled_rollout(env_id, num_envs=4, seed=0):
+    """A rollout by players that go to food and load, as Rollout, and the simulator's graph."""
+    envs = [cdg.make_env(env_id, "coop" in env_id, seed + e) for e in range(num_envs)]
+    rng = np.random.default_rng(seed)
+    logits = torch.zeros((num_envs, envs[0].n_agents, 6))
+
+    def actor(obs):
+        for e, env in enumerate(envs):
+            actions = torch.tensor(towards_food(env, rng))
+            logits[e] = 50.0 * torch.nn.functional.one_hot(actions, 6)
+        return logits
+
+    rollout = cdg.collect(envs, actor, torch.device("cpu"))
+    return rollout, cdg.simulator_graph(envs)
+
+
+def test_the_outcome_is_what_the_environment_did():
+    rollout, _ = skilled_rollout("Foraging-8x8-3p-2f-v3")
+    replay = cdg.Replay(3)
+    replay.add(rollout)
+    obs, next_obs, actions, rewards = replay.join()
+    steps = cdg.Steps(obs.float(), next_obs.float(), actions.long(), rewards)
+    outcome = cdg.outcome(steps)
+    own = slice(6, 8)  # behind two foods
+    moved = (steps.next_obs - steps.obs)[..., own]
+    assert torch.equal(moved, torch.tensor(cdg.MOVES, dtype=torch.float)[outcome.move])
+    assert len(set(outcome.move.flatten().tolist())) == 5
+    assert torch.equal(outcome.reward > 0, rewards > 0) and outcome.gone.any()
+    assert torch.equal(outcome.gone.any(-1), (rewards > 0).any(-1))  # rewards are for food that disappears
+
+
+def test_the_replay_keeps_the_last_iterations_and_is_restored_from_a_checkpoint():
+    rollouts = [skilled_rollout("Foraging-5x5-2p-1f-v3", 2, seed)[0] for seed in range(4)]
+    replay, other = cdg.Replay(3), cdg.Replay(3)
+    for rollout in rollouts:
+        replay.add(rollout)
+    steps = replay.join()
+    assert len(steps.rewards) == sum(int(rollout.alive.sum()) for rollout in rollouts[1:])
+    first = rollouts[1]
+    assert torch.equal(steps.obs[: first.alive.sum()].float(), first.obs[:-1][first.alive])
+    other.load_state_dict(replay.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(other.join(), steps))
+
+
+def test_the_forward_model_learns_the_simulators_graph():
+    """On skilled play: the edges that it finds are the simulator's, as hardly any pair is at random."""
+    torch.manual_seed(0)
+    model, replay = cdg.ForwardModel(6), cdg.Replay(200)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for seed in range(25):
+        rollout, truth = skilled_rollout("Foraging-8x8-3p-2f-v3", 10, seed)
+        replay.add(rollout)
+        losses = cdg.update_forward_model(model, optimizer, replay)
+    assert all(loss < 0.35 for loss in losses.values()), losses
+    rollout, truth = skilled_rollout("Foraging-8x8-3p-2f-v3", 20, 1000)
+    alive = rollout.alive
+    graph = cdg.forward_graph(model, rollout.obs[:-1][alive], rollout.actions[alive], False, 0.3)
+    metrics = cdg.graph_statistics(graph, truth[alive])
+    base_rate = float(metrics["simulator_edges_per_agent"]) / 2
+    assert metrics["simulator_precision"] > 3 * base_rate and metrics["simulator_recall"] > 0.5, metrics
+
+
+def test_a_change_that_the_model_does_not_foresee_is_no_edge():
+    """The total variation of what becomes of j: with a model whose prediction is given."""
+
+    class Fixed:
+        num_actions = 6
+
+        def __call__(self, obs, actions):
+            B, N = actions.shape
+            move = torch.zeros((B, N, 5))
+            # agent 1's move is all but certain, and another one iff agent 0 loads
+            move[:, 1, 0] = 50.0 * (actions[:, 0] != 5)
+            move[:, 1, 1] = 50.0 * (actions[:, 0] == 5)
+            gone = torch.where(actions[:, 2:3] == 5, 0.0, -100.0)  # a food: perhaps, iff agent 2 loads
+            return cdg.Outcome(move, torch.zeros((B, N, 6)), gone)
+
+    actions = torch.tensor([[0, 0, 0], [5, 3, 5]])
+    eye = torch.eye(3, dtype=torch.bool).repeat(2, 1, 1)
+    graph = cdg.forward_graph(Fixed(), torch.zeros((2, 3, 12)), actions, False, 0.3)
+    expected = eye.clone()
+    expected[:, 0, 1] = True
+    assert torch.equal(graph, expected)
+    graph = cdg.forward_graph(Fixed(), torch.zeros((2, 3, 12)), actions, True, 0.3)
+    expected[:, 2] = True
+    assert torch.equal(graph, expected)
+
+
+# THE SCRIPT
+SMALL = ["--env-id", "Foraging-6x6-3p-2f-v3", "--no-winner-take-all", "--num-envs", 4, "--total-timesteps", 900]
+SMALL += ["--eval-interval", 300, "--eval-episodes", 5, "--checkpoint-interval", 300]
+VARIANTS = [["--graph", graph] for graph in ("simulator", "learned", "reverse", "random", "complete", "identity")]
+VARIANTS += [["--advantage", advantage] for advantage in ("surprise", "pairwise", "blind", "published")]
+VARIANTS += [["--shared-food"], ["--graph", "learned", "--shared-food", "--edge-threshold", 0.1]]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: " ".join(map(str, options)))
+def test_a_run_that_is_stopped_and_resumed_ends_like_one_that_is_not(options, tmp_path):
+    (whole := tmp_path / "whole").mkdir()
+    (parts := tmp_path / "parts").mkdir()
+    assert run_inside(SCRIPT, *SMALL, *options, cwd=whole).returncode == 0
+    assert run_inside(SCRIPT, *SMALL, *options, "--total-timesteps", 450, cwd=parts).returncode == 0
+    done = run_inside(SCRIPT, "--resume", run_folder(parts), "--total-timesteps", 900, cwd=parts)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(run_folder(cwd) / "checkpoint.pt", weights_only=True) for cwd in (whole, parts))
+    assert first["global_step"] == second["global_step"]
+    for part in ("actor", "critic", "models"):
+        for name, weight in first[part].items():
+            assert torch.equal(weight, second[part][name]), (part, name)
+    tags = scalars(run_folder(whole))
+    assert {"graph/edges_per_agent", "graph/simulator_precision", "graph/simulator_recall"} <= tags.keys()
+    assert ("graph/entropy_ratio_others" in tags) == ("reverse" in options)
+    assert ("losses/reward_loss" in tags) == ("learned" in options)
+    assert all(math.isfinite(value) for points in tags.values() for _, value in points)
+    if "--graph" not in options:  # the graph is the simulator's own
+        assert {value for _, value in tags["graph/simulator_precision"]} <= {0.0, 1.0}
+
+
+def test_the_script_alone_in_an_empty_folder(tmp_path):
+    alone = tmp_path / SCRIPT
+    alone.write_bytes((ROOT / SCRIPT).read_bytes())
+    done = run(alone, *SMALL, cwd=tmp_path)
+    assert "dependence graph: simulator; advantage: surprise; device: cpu" in done.stdout
+    assert (run_folder(tmp_path) / "evaluations.csv").exists()
+
+
+def test_a_learned_graph_needs_to_see_everything(tmp_path):
+    """The forward model reads cells and levels out of observations; what is not seen cannot be read."""
+    done = run_inside(SCRIPT, "--env-id", "Foraging-2s-8x8-2p-2f-v3", "--graph", "learned", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "observes all" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("option", [("--edge-threshold", 1.5), ("--replay-iterations", 0), ("--c", -1)])
+def test_bad_options(option, tmp_path):
+    done = run_inside(SCRIPT, *option, cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not (tmp_path / "runs").exists()
