@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4,<=2.13.0", "numpy", "gymnasium", "tyro", "tensorboard", "lbforaging>=2.0.0", "tqdm"]
+# dependencies = ["torch>=2.4,<=2.13.0", "numpy", "gymnasium>=1.0", "tyro", "tensorboard", "lbforaging>=2.0.0", "tqdm"]
 # ///
 """IPPO with dependence graphs (IPPO-DG, arXiv 2601.21523) on Level-Based Foraging.
 

@@ -183,7 +183,10 @@ def check_args(args):
     check_range("ent_coef", args.ent_coef, 0)
     check_range("max_grad_norm", args.max_grad_norm, 0)
     if not HAVE_SMACLITE:
-        raise UserError("SMAClite or what it needs is not installed: see requirements-smaclite.txt, or use `uv run`")
+        raise UserError(
+            "SMAClite or what it needs is not installed: pip install --no-deps -r requirements-smaclite.txt && "
+            'pip install -r requirements.txt "gymnasium>=1.4" rtree scikit-learn pygame'
+        )
     frames = args.num_envs * make_env(args.env_id, args.use_cpp_rvo2).time_limit
     if args.total_timesteps < frames:
         raise UserError(f"total_timesteps is {args.total_timesteps}, below one iteration ({frames} frames)")

@@ -32,7 +32,7 @@ from time import perf_counter, process_time
 from types import SimpleNamespace
 from unittest import mock
 
-from errors import UserError, one_sentence
+from errors import SMACLITE_PACKAGES, UserError, one_sentence
 
 with one_sentence():
     import gymnasium as gym
@@ -333,6 +333,9 @@ def comparison(name, pairs, target=None, text="{:,.0f}".format):
 
 
 def main_smaclite(args):
+    for name in SMACLITE_PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
     torch.set_num_threads(1)
     repeats, steps, least = (2, 10, 0.1) if args.quick else (min(args.repeats, 5), 150, 20.0)
     maps, size = (MAPS[:1], ["--num-envs=2"]) if args.quick else (MAPS, [])

@@ -5,11 +5,22 @@ import os
 import sys
 from pathlib import Path
 
-PACKAGES = "PIL gymnasium lbforaging matplotlib numpy pandas scipy smaclite tensorboard torch tqdm tyro yaml".split()
+INSTALL = "pip install -r requirements.txt -r experiments/requirements.txt"
+INSTALL_SMACLITE = (
+    "pip install --no-deps -r requirements-smaclite.txt && "
+    'pip install -r requirements.txt "gymnasium>=1.4" rtree scikit-learn pygame'
+)
+SMACLITE_PACKAGES = ("smaclite", "rtree", "sklearn", "pygame")  # it and what it needs
 
 
 class UserError(Exception):
     """Something the user can put right."""
+
+
+def is_package(name):
+    """Whether a module of this name comes with a package: it is no part of one, of Python or of this folder."""
+    own = (Path(__file__).parent / f"{name}.py").exists()
+    return name is not None and "." not in name and name not in sys.stdlib_module_names and not own
 
 
 @contextlib.contextmanager
@@ -29,12 +40,10 @@ def one_sentence():
     except UserError as error:
         sentence = str(error)
     except ModuleNotFoundError as error:
-        if error.name not in PACKAGES:
+        if not is_package(error.name):
             raise
-        requirements = "requirements.txt -r experiments/requirements.txt"
-        if error.name == "smaclite":
-            requirements = "requirements-smaclite.txt"
-        sentence = f"the package {error.name} is not installed: pip install -r {requirements}"
+        command = INSTALL_SMACLITE if error.name in SMACLITE_PACKAGES else INSTALL
+        sentence = f"the package {error.name} is not installed: {command}"
     except OSError as error:
         sentence = str(error)
         if isinstance(error, BrokenPipeError):

@@ -50,7 +50,7 @@ with one_sentence():
     from scipy.stats import rankdata
     from watch import load_script
 
-dg = load_script("mappo_dg_lbf")
+    dg = load_script("mappo_dg_lbf")
 DIAL = 4  # positions of a dial, and actions
 PAIRS, STEPS, HORIZON = 5000, 500, 20  # largest batch of an iteration in pairs and in steps; steps of an episode
 THRESHOLDS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]

@@ -56,9 +56,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-import yaml
-from tqdm import tqdm
+from errors import one_sentence
+
+with one_sentence():
+    import tyro
+    import yaml
+    from tqdm import tqdm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)

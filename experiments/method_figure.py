@@ -12,6 +12,7 @@ with one_sentence():
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import tyro
 
 EDGES = {1: [(0, 1)], 3: [(1, 2)]}  # step -> (influencer, influenced)
 STEPS, AGENTS = 6, 3
@@ -76,10 +77,15 @@ def draw(path, ink, paper, faint):
     plt.close(figure)
 
 
-if __name__ == "__main__":
+def main():
+    """Draws both themes into the folder figures/."""
     plt.rcParams["svg.hashsalt"] = "method"
     folder = Path(__file__).parent / "figures"
+    folder.mkdir(exist_ok=True)
+    for theme, colours in THEMES.items():
+        draw(folder / f"method-{theme}", *colours)
+
+
+if __name__ == "__main__":
     with one_sentence():
-        folder.mkdir(exist_ok=True)
-        for theme, colours in THEMES.items():
-            draw(folder / f"method-{theme}", *colours)
+        tyro.cli(main, description=__doc__)

@@ -15,7 +15,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tyro
+from errors import one_sentence
+
+with one_sentence():
+    import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 OPERATIONS = (ast.Call, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Subscript)

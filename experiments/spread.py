@@ -26,12 +26,15 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import numpy as np
-import torch
-import torch.nn as nn
-import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from errors import one_sentence
+
+with one_sentence():
+    import numpy as np
+    import torch
+    import torch.nn as nn
+    import tyro
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """Watch a trained run play Level-Based Foraging, with arrows for the edges of the dependence graph that it has learned.
 
-    python experiments/watch.py runs/Foraging-8x8-2p-4f-coop-v3__mappo_dg_lbf__1__1769900000
+    python experiments/watch.py                      # the trained agent that comes with the repository, into watch/
+    python experiments/watch.py runs/RUN             # a run of your own, into runs/RUN/watch/
     python experiments/watch.py RUN/checkpoint.pt --episodes 20 --seed 3 --output pictures --theme dark --tensorboard
+    python experiments/watch.py runs/RUN --export agent.pt      # and a small file to hand on, which plays like the run
 
 Plays a few episodes with the saved policy and draws the one with the highest team return (of equals the shortest):
     episode.gif         every step: the state before it, what the agents do, the edges and the rewards of this step
@@ -34,24 +36,27 @@ with one_sentence():
     from torch.utils.tensorboard.writer import FileWriter
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAINED = ROOT / "experiments" / "trained" / "mappo_dg_8x8-2p-4f-coop.pt"
 FOOD = "#009E73"
 MOVES = {"NORTH": (0, -1), "SOUTH": (0, 1), "WEST": (-1, 0), "EAST": (1, 0)}  # on the page, y downwards
 
 
 @dataclass
 class Args:
-    run: tyro.conf.Positional[Path]
-    """a run's folder or its checkpoint.pt"""
+    run: tyro.conf.Positional[Path] = TRAINED
+    """a run's folder, its checkpoint.pt, or a file of --export"""
     episodes: int = 3
     """episodes to play, at most 1000; the best one is drawn"""
     seed: int = 0
     """seed of the boards and of the sampled actions, below 2^64"""
     output: Path | None = None
-    """folder for the pictures (default: watch/ in the run's folder)"""
+    """folder for the pictures (default: watch/ in the run's folder; for a file of --export: watch/ where you are)"""
     theme: Literal["light", "dark"] = "light"
     """colours of the page"""
     tensorboard: bool = False
     """also add the pictures to the TensorBoard events of the run, which should be over"""
+    export: Path | None = None
+    """also write what it takes to play (settings, policy, graph models in half precision) to this file"""
 
 
 # PLAY
@@ -121,6 +126,21 @@ def load_checkpoint(path):
         raise
     except Exception as error:
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__})") from error
+
+
+def export(checkpoint, path):
+    """Write the part of a checkpoint that plays."""
+    kept = {name: checkpoint[name] for name in ("script", "args", "global_step", "actor")}
+    if checkpoint["args"].get("graph") == "learned":
+        # no action depends on these: half precision moves the entropy ratios in the third digit
+        kept["models"] = {name: weight.half() for name, weight in checkpoint["models"].items()}
+    with open(path, "wb") as file:
+        torch.save(kept, file)
+
+
+def is_exported(checkpoint):
+    """Whether it is the file of an --export, which has no run folder and cannot be resumed."""
+    return "run_name" not in checkpoint
 
 
 @torch.no_grad()
@@ -390,18 +410,23 @@ def main(args):
         raise UserError(f"--seed must lie in [0, 2^64), not {args.seed}")
     torch.set_num_threads(1)
     path, checkpoint = load_checkpoint(args.run)
+    if args.tensorboard and is_exported(checkpoint):
+        raise UserError(f"--tensorboard: {path} has no run folder with events")
     episode = play(checkpoint, args.episodes, args.seed)
     with mpl.rc_context(style(args.theme) | {"axes.grid": False, "savefig.dpi": 100}):
         pictures = {"episode.gif": gif(list(film(episode, args.theme)))}
         for draw in (draw_strip, draw_adjacency, draw_meeting_times):
             pictures[f"{draw.__name__.removeprefix('draw_')}.png"] = png(draw(episode, args.theme))
-    output = args.output or path.parent / "watch"
+    output = args.output or (Path("watch") if is_exported(checkpoint) else path.parent / "watch")
     output.mkdir(parents=True, exist_ok=True)
     for name, data in pictures.items():
         (output / name).write_bytes(data)
     if args.tensorboard:
         add_to_tensorboard(path.parent, pictures, checkpoint["global_step"])
-    print(f"{output}: {len(episode.actions)} steps, team return {episode.rewards.sum():.2f}")
+    if args.export:
+        export(checkpoint, args.export)
+    names = ", ".join(pictures)
+    print(f"{output}: {len(episode.actions)} steps, team return {episode.rewards.sum():.2f}; pictures: {names}")
     return output
 
 

@@ -800,35 +800,6 @@ def program(name, *arguments, before="", **settings):
     return subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, **settings)
 
 
-WITHOUT = """
-class Finder:
-    def find_spec(name, *_):
-        if name == {0!r}:
-            raise ModuleNotFoundError("not installed", name=name)
-sys.meta_path.insert(0, Finder)
-"""
-
-
-@pytest.mark.parametrize(
-    "name, package",
-    [
-        ("report.py", "matplotlib"),
-        ("report.py", "yaml"),
-        ("method_figure.py", "matplotlib"),
-        ("watch.py", "matplotlib"),
-        ("watch.py", "torch"),
-        ("known_graph.py", "torch"),
-        ("benchmark.py", "gymnasium"),
-        ("spread_scale.py", "torch"),
-    ],
-)
-def test_a_package_that_is_missing_is_one_sentence(name, package):
-    done = program(name, before=WITHOUT.format(package))
-    requirements = "requirements.txt -r experiments/requirements.txt"
-    sentence = f"{name}: the package {package} is not installed: pip install -r {requirements}\n"
-    assert (done.returncode, done.stderr) == (2, sentence)
-
-
 def test_an_import_that_fails_in_an_edit_keeps_its_traceback():
     with pytest.raises(ModuleNotFoundError), report.one_sentence():
         import matplotlib.no_such_part  # noqa: F401

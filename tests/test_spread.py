@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, load, run, run_folder, run_inside, scalars
 
+sys.path.insert(0, str(ROOT / "experiments"))  # for errors.py
 spread = load("experiments/spread.py")
 SHARED = "UserError AgentNetwork gae meeting_times multi_agent_gae gradient_step Batch ppo_update explained_variance "
 SHARED += "evaluation_is_due evaluation_row writing write_atomically log_scalars write_evaluations log_evaluation"

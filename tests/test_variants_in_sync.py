@@ -189,20 +189,38 @@ def test_third_party_imports_only(lbf_script):
     assert "wandb" not in {name for node in top_level for name in imports(node)}
 
 
-def test_headers():
-    """The same in all scripts, and in agreement with requirements.txt."""
-    assert len({header(script) for script in LBF_SCRIPTS}) == 1
-    text = header(LBF_SCRIPTS[0])
-    assert 'requires-python = ">=3.10"' in text
-    dependencies = re.search(r"^dependencies = (\[.*\])$", text, re.MULTILINE).group(1)
-    dependencies = ast.literal_eval(dependencies)
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    required = {package(line): line for line in lines if line}
-    assert {package(dependency) for dependency in dependencies} <= required.keys()
-    for_tests_alone = required.keys() - {package(dependency) for dependency in dependencies}
-    assert for_tests_alone <= {"pytest", "pytest-xdist", "hypothesis"}
-    (torch,) = (dependency for dependency in dependencies if package(dependency) == "torch")
-    assert torch == required["torch"] and "<=2.13.0" in torch
+def requirements(name):
+    """package -> line of the requirements file, comments and included files aside."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    return {package(line): line for line in lines if line and not line.startswith("-")}
+
+
+def dependencies(script):
+    """package -> what the script's header asks for."""
+    assert 'requires-python = ">=3.10"' in header(script)
+    listed = re.search(r"^dependencies = (\[.*\])$", header(script), re.MULTILINE).group(1)
+    return {package(dependency): dependency for dependency in ast.literal_eval(listed)}
+
+
+def test_an_lbf_script_needs_what_requirements_txt_says_and_no_more(lbf_script):
+    assert dependencies(lbf_script) == requirements("requirements.txt")
+
+
+@pytest.mark.parametrize("script", FOLLOWS)
+def test_a_smaclite_script_needs_the_versions_that_the_requirements_say(script):
+    """Those of smaclite itself, which come with it, aside."""
+    needed = dependencies(script)
+    smaclite = requirements("requirements-smaclite.txt")
+    git, commit = re.search(r"git\+(\S+)@(\w+)$", smaclite.pop("smaclite")).groups()
+    assert f'smaclite = {{ git = "{git}", rev = "{commit}" }}' in header(script)
+    assert needed.pop("smaclite") == "smaclite"
+    assert needed.items() <= (requirements("requirements.txt") | smaclite).items()
+    assert f'override-dependencies = ["{smaclite["rtree"]}"]' in header(script)
+
+
+def test_spread_needs_the_versions_that_the_requirements_say():
+    """So does experiments/spread.py, which needs no package of an environment."""
+    assert dependencies("experiments/spread.py").items() <= requirements("requirements.txt").items()
 
 
 def test_sections(lbf_script):

@@ -1,5 +1,6 @@
 """experiments/watch.py: the pictures exist and move, and the arrows in them are the learned graph's edges."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -244,3 +245,77 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(dg_run, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(content)
     with pytest.raises(watch.UserError, match="checkpoint.pt is damaged"):
         watch.main(watch.Args(tmp_path))
+
+
+# TRAINED AGENT
+def test_without_arguments_the_trained_agent_plays(tmp_path):
+    done = run("experiments/watch.py", cwd=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "watch").iterdir()) == PICTURES
+    assert re.fullmatch(r"watch: \d+ steps, team return [\d.]+; pictures: episode.gif, .*\n", done.stdout)
+    assert done.stderr == ""
+
+
+def test_the_trained_agent_is_small_and_holds_what_plays_alone():
+    assert watch.TRAINED.stat().st_size < 1_000_000
+    _, checkpoint = watch.load_checkpoint(watch.TRAINED)
+    assert checkpoint.keys() == {"script", "args", "global_step", "actor", "models"}
+    assert checkpoint["args"]["winner_take_all"] and checkpoint["args"]["graph"] == "learned"
+
+
+def test_the_trained_agent_plays_as_well_as_its_evaluations_say():
+    script, args, actor, models = watch.restore(watch.load_checkpoint(watch.TRAINED)[1])
+    returns = script.evaluate(actor, args, 0, "cpu").sum(-1)
+    assert 0.6 < returns.mean() < 0.8  # its last four evaluations: 0.63 to 0.72
+    envs = [script.make_env(args.env_id, args.winner_take_all, seed) for seed in range(10)]
+    rollout = script.collect(envs, actor, "cpu")
+    with torch.no_grad():
+        predictor = models(rollout.obs, rollout.alive).action_predictor
+    assert script.accuracy(predictor, rollout.actions[rollout.alive]) > 0.4  # of six actions
+
+
+def test_an_exported_file_plays_like_its_run(dg_run, tmp_path):
+    watch.main(watch.Args(dg_run, episodes=1, output=tmp_path / "run", export=tmp_path / "agent.pt"))
+    _, checkpoint = watch.load_checkpoint(tmp_path / "agent.pt")
+    exported = watch.play(checkpoint, 2, 5)
+    episode = watch.play(watch.load_checkpoint(dg_run)[1], 2, 5)
+    assert exported.actions == episode.actions and exported.title == episode.title
+    assert np.allclose(exported.ratio, episode.ratio, atol=0.01)
+    assert (tmp_path / "agent.pt").stat().st_size < 0.2 * (dg_run / "checkpoint.pt").stat().st_size
+
+
+def test_a_run_without_a_learned_graph_is_exported_without_models(tmp_path):
+    folder = train("baselines/mappo_local_lbf.py", tmp_path / "run")
+    watch.main(watch.Args(folder, episodes=1, export=tmp_path / "agent.pt"))
+    _, checkpoint = watch.load_checkpoint(tmp_path / "agent.pt")
+    assert checkpoint.keys() == {"script", "args", "global_step", "actor"}
+    assert watch.play(checkpoint, 1, 0).graph is None
+
+
+@pytest.mark.parametrize("part", ["script", "args", "global_step", "actor", "models"])
+def test_an_exported_file_that_lacks_a_part_is_one_sentence(part, tmp_path):
+    checkpoint = torch.load(watch.TRAINED, weights_only=True)
+    del checkpoint[part]
+    torch.save(checkpoint, tmp_path / "agent.pt")
+    with pytest.raises(watch.UserError, match="not a whole checkpoint|does not fit"):
+        watch.main(watch.Args(tmp_path / "agent.pt"))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--tensorboard"], "has no run folder with events"),
+        (["--export", "no/such/folder.pt", "--output", "out"], "folder"),
+        ([Path("no_such.pt")], "no_such.pt does not exist"),
+    ],
+)
+def test_what_an_exported_file_cannot_do_is_one_sentence(options, words, tmp_path):
+    done = run("experiments/watch.py", *options, "--episodes", 1, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("watch.py: ") and words in done.stderr
+    assert not (tmp_path / "watch").exists()
+
+
+def test_an_exported_file_is_not_resumed(tmp_path):
+    done = run("mappo_dg_lbf.py", "--resume", watch.TRAINED, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "--resume" in done.stderr and not (tmp_path / "runs").exists()
