@@ -16,7 +16,7 @@ THEMES = {
 }
 # The paper's methods in its order, and those of ours that stand beside them in several grids -> place of their colour
 PAPER_METHODS = [f"{name}_{rewards}" for name in ("mappo", "ippo") for rewards in ("dg", "global", "local")]
-OUR_COLOURS = {"mappo_cdg": 4, "mappo_cdg_learned": 5}
+OUR_COLOURS = {"mappo_cdg": 4, "mappo_cdg_learned": 6}
 METADATA = {"png": {"Software": None}, "svg": {"Date": None}}  # nothing that changes from one run to the next
 
 
