@@ -716,7 +716,8 @@ def test_a_page_is_filled_between_markers_and_a_changed_number_is_noticed(root, 
     path, other = root / page, root / "docs/other.md"
     path.parent.mkdir(exist_ok=True)
     other.parent.mkdir(exist_ok=True)
-    other.write_text(report.fill_tables(markers("small-cost"), report.load_grids(root / "experiments/results"), "p"))
+    cost = report.fill_tables(markers("small-cost"), report.load_grids(root / "experiments/results"), "other.md")
+    other.write_text(cost, encoding="utf-8")
     frame = "# Title\n" + markers("small-scores", "{}") + "<!-- other -->\n0.82\n"
 
     def check():
@@ -818,6 +819,8 @@ def test_a_figure_has_the_same_bytes_each_time_and_whatever_is_drawn_beside_it(r
 
 def test_a_grid_alone_is_printed_and_drawn_while_the_pages_are_filled_as_a_whole(root, capsys):
     run(root, collect=root / "output", grid="second")
+    path = root / "experiments/results/second.csv"
+    pd.read_csv(path).assign(edges_per_agent=1).to_csv(path, index=False)
     text = "".join(markers(f"{grid}-scores") for grid in ("small", "second"))
     text += "".join(f"experiments/figures/{grid}-curves-dark.svg\n" for grid in ("small", "second"))
     (root / "README.md").write_text(text, encoding="utf-8")
@@ -826,7 +829,7 @@ def test_a_grid_alone_is_printed_and_drawn_while_the_pages_are_filled_as_a_whole
     page, printed = (root / "README.md").read_text(encoding="utf-8"), capsys.readouterr().out
     assert page.count("| MAPPO-DG | 0.82 ± 0.01 (3) |") == 2
     names = [line for line in printed.splitlines() if line.startswith(("second-", "small-"))]
-    assert names == [f"second-{name}" for name in ("glance", "aggregate", "scores", "seeds", "cost")]
+    assert names == [f"second-{name}" for name in "glance aggregate scores seeds density models cost".split()]
     grids = report.load_grids(root / "experiments/results")
     assert f"second-seeds\n\n{report.seeds_table(grids['second'])}\n" in printed
     with pytest.raises(report.UserError, match="^no grid third in experiments/results; there are second, small$"):
