@@ -1,16 +1,18 @@
-"""From the runs' evaluations to README's results tables and to the figures, with their uncertainty.
+"""From the runs' evaluations to the results tables of README.md and docs/, and to the figures, with their uncertainty.
 
 Collect what `launch.py` has run, at any time (only the grid's methods and tasks if experiments/grids/NAME.yaml exists;
 runs that are in the CSV already stay there when their folders are gone):
     python experiments/report.py --collect OUTPUT_DIR --grid NAME    # -> experiments/results/NAME.csv
-Make every figure and every results table in README anew from the committed CSVs alone, or only compare the tables:
-    python experiments/report.py                                     # -> experiments/figures/, README.md
-    python experiments/report.py --check                             # exit 1 if a table differs from the CSVs
+Make anew, from the committed CSVs alone, the tables in the pages and the figures that they show, and print all tables:
+    python experiments/report.py                                     # -> README.md, docs/*.md, experiments/figures/
+    python experiments/report.py --grid NAME                         # print and draw those of one grid
+    python experiments/report.py --all                               # draw what no page shows, too
+    python experiments/report.py --check                             # only compare; exit 1 if a table differs
 
-In README a table goes between the lines `<!-- report:NAME-TABLE begin -->` and `<!-- report:NAME-TABLE end -->`, where
-TABLE is scores, aggregate, seeds, cost, returns, training, density or models. Figures are
-figures/NAME-FIGURE-light.png (and dark, and svg). The tables known_graph-edges and spread_scale-time and the figure
-known_graph are made from the CSVs of those experiments.
+A page is README.md or docs/*.md. A table goes between its lines `<!-- report:NAME-TABLE begin -->` and
+`<!-- report:NAME-TABLE end -->`; TABLE is glance, aggregate, scores, seeds, returns, training, density, models or
+cost. Figures are figures/NAME-FIGURE-light.svg (or dark, or png): a page that names such a file shows it. The tables
+known_graph-edges and spread_scale-time and the figure known_graph are made from the CSVs of those experiments.
 
 A row of a grid's CSV is an evaluation of a run (method, task, seed): at how many frames it took place (frames), which
 one it was (evaluation: the whole evaluation intervals in these frames) and when it was due (nominal_frames: evaluation
@@ -22,8 +24,8 @@ The score of a task is the win rate if there is one, or else the team return (on
 A run's final score is its mean over the evaluations in the last 10% of frames (4.5M-5M of 5M, as in the paper). A run
 is complete if it is finished and has the last evaluation that any run of its task has; only complete runs count. The
 others are drawn as thin lines, their mean pale where a method has no complete run on a task. What training logs to
-TensorBoard and the CSV keeps (the density of a learned graph, in edges per agent besides itself, the models'
-accuracies, ...) are means over the iterations since the evaluation before.
+TensorBoard and the CSV keeps (a graph's edges per agent besides itself, the models' accuracies, ...) are means over the
+iterations since the evaluation before.
 Statistics: Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice" (arXiv 2108.13264).
 """
 
@@ -31,7 +33,6 @@ import functools
 import io
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -49,7 +50,7 @@ with one_sentence():
     import tyro
     import yaml
     from matplotlib.lines import Line2D
-    from plotting import THEMES, new_figure, save
+    from plotting import draw_bands, draw_interval, figures_in, legend_above, list_rows, looks, new_figure, panels, save
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
@@ -57,14 +58,22 @@ with one_sentence():
 KEY = ["method", "task", "seed"]
 SCALARS = {  # of TensorBoard -> column
     "charts/win_rate": "train_win_rate",
-    "graph/density": "density",
-    "graph/entropy_ratio": "entropy_ratio",
+    "graph/density": "edges_per_agent",  # what version 0.1.0 calls it
+    "graph/edges_per_agent": "edges_per_agent",
+    "graph/entropy_ratio": "entropy_ratio",  # version 0.1.0: over all pairs, i = j included
+    "graph/entropy_ratio_others": "entropy_ratio_others",  # over the pairs i != j
     "graph/oracle_precision": "oracle_precision",
     "graph/oracle_recall": "oracle_recall",
+    "graph/simulator_edges_per_agent": "simulator_edges_per_agent",
+    "graph/simulator_precision": "simulator_precision",
+    "graph/simulator_recall": "simulator_recall",
+    "graph/average_precision": "average_precision",
     "losses/action_predictor_accuracy": "predictor_accuracy",
-    "losses/reverse_model_accuracy": "reverse_accuracy",
+    "losses/reverse_model_accuracy": "reverse_accuracy",  # as the entropy ratio
+    "losses/reverse_model_accuracy_others": "reverse_accuracy_others",
     "losses/entropy": "policy_entropy",
 }
+LOGGED = list(dict.fromkeys(SCALARS.values()))
 DEFAULTS = {"ablation_c": {"mappo_dg": "mappo_dg_c0.9"}}  # in a grid over a setting, the default goes by its value
 RUN_COLUMNS = ["global_step", "evaluation", "nominal_step", "episodic_return", "episodic_return_std", "episodes"]
 COLUMNS = [*KEY, "frames", "evaluation", "nominal_frames", "return", "return_std", "episodes", "finished", "seconds"]
@@ -72,27 +81,28 @@ COLUMNS = [*KEY, "frames", "evaluation", "nominal_frames", "return", "return_std
 TEXT = dict.fromkeys(["method", "task", "world", "policy", "observation", "subset", "algorithm"], str)
 WHOLE = {"global_step", "evaluation", "nominal_step", "seed", "frames", "nominal_frames", "finished"}  # numbers >= 0
 OPTIONAL = {"seconds", "precision", "recall", "spurious_rate", "auc"}
-# The paper's LBF results (arXiv 2601.21523), read off its figures (about +-0.01): its name of a method, the IQM of the
-# team return at 5M frames over the six tasks [95% interval, where it is legible], the mean over 4.5M-5M on each task.
+# The paper's LBF results (arXiv 2601.21523), read off its figures (about +-0.01): the IQM of the team return at 5M
+# frames over the six tasks [95% interval, where it is legible], the mean over 4.5M-5M on each task.
 PAPER_TASKS = [f"Foraging-{task}-coop-v3" for task in ("8x8-2p-4f", "10x10-2p-3f", "15x15-3p-4f")]
 PAPER_TASKS += [f"Foraging-{task}-v3" for task in ("10x10-3p-3f", "15x15-3p-4f", "15x15-4p-3f")]
 PAPER = {
-    "mappo_dg": ("MAPPO-DG", (0.855, 0.814, 0.880), (0.99, 0.92, 0.67, 0.94, 0.54, 0.82)),
-    "mappo_global": ("MAPPO-global", (0.775, 0.709, 0.839), (0.94, 0.95, 0.23, 0.88, 0.09, 0.82)),
-    "mappo_local": ("MAPPO-local", (0.584, 0.540, 0.620), (0.07, 0.00, 0.67, 0.91, 0.62, 0.90)),
-    "ippo_dg": ("IPPO-DG", (0.887, 0.830, 0.921), (0.98, 0.88, 0.84, 0.95, 0.49, 0.85)),
-    "ippo_global": ("IPPO-global", (0.681,), (0.93, 0.96, 0.28, 0.92, 0.09, 0.44)),
-    "ippo_local": ("IPPO-local", (0.663,), (0.07, 0.00, 0.78, 0.91, 0.68, 0.91)),
+    "mappo_dg": ((0.855, 0.814, 0.880), (0.99, 0.92, 0.67, 0.94, 0.54, 0.82)),
+    "mappo_global": ((0.775, 0.709, 0.839), (0.94, 0.95, 0.23, 0.88, 0.09, 0.82)),
+    "mappo_local": ((0.584, 0.540, 0.620), (0.07, 0.00, 0.67, 0.91, 0.62, 0.90)),
+    "ippo_dg": ((0.887, 0.830, 0.921), (0.98, 0.88, 0.84, 0.95, 0.49, 0.85)),
+    "ippo_global": ((0.681,), (0.93, 0.96, 0.28, 0.92, 0.09, 0.44)),
+    "ippo_local": ((0.663,), (0.07, 0.00, 0.78, 0.91, 0.68, 0.91)),
 }
 PAPER_FRAMES = 5_000_000
+ACRONYMS = {"mappo", "ippo", "dg", "cdg"}  # in capitals where a method is named to readers
+SOLVED = 0.7  # the IQM that the glance table asks for
 
 
 # READ
 # An older run does not tell its interval, and guesses have lost evaluations: whoever ran it knows
-OLD_RUN = (
-    "; version 0.1.0 wrote none: insert evaluation = global_step // INTERVAL, nominal_step = evaluation * INTERVAL"
-)
-OLD_TABLE = OLD_RUN.replace("global_step", "frames").replace("nominal_step", "nominal_frames")
+OLD = "; version 0.1.0 wrote none: insert evaluation = "
+OLD_RUN = OLD + "global_step // INTERVAL, nominal_step = evaluation * INTERVAL"
+OLD_TABLE = OLD + "frames // INTERVAL, nominal_frames = evaluation * INTERVAL, and call density edges_per_agent"
 
 
 def read_csv(path, columns, text=None):
@@ -149,18 +159,19 @@ def read_finished(path):
 
 
 def read_scalars(path):
-    """{tag: {step: value}} of the tags in SCALARS in an event file, without the half record that a kill may leave.
+    """{column: {step: value}} of SCALARS in an event file, without the half record that a kill may leave.
 
     Raises UserError if the file is damaged. TensorBoard's own readers would leave out the rest without a word.
     """
-    scalars, reader = {tag: {} for tag in SCALARS}, PyRecordReader_New(str(path))
+    scalars = {column: {} for column in LOGGED}
+    reader = PyRecordReader_New(str(path))
     try:
         while True:
             reader.GetNext()
             event = Event.FromString(reader.record())
             for value in event.summary.value:
                 if value.tag in SCALARS:
-                    scalars[value.tag][event.step] = value.simple_value
+                    scalars[SCALARS[value.tag]][event.step] = value.simple_value
     except OutOfRangeError:
         return scalars
     except DataLossError as error:
@@ -172,15 +183,15 @@ def read_scalars(path):
 # COLLECT
 def means_between(folder, frames):
     """{column: (K,) mean of a TensorBoard scalar over the iterations up to each of the K evaluations, or nan}."""
-    events = {tag: {} for tag in SCALARS}  # by step, since a resumed run repeats what came after its checkpoint
+    events = {column: {} for column in LOGGED}  # by step, since a resumed run repeats what came after its checkpoint
     for path in sorted(folder.glob("events.out.tfevents.*")):  # the order of names is that in which they were begun
         content = path.read_bytes()
         if any(tag.encode() in content for tag in SCALARS):
-            for tag, values in read_scalars(path).items():
-                events[tag] |= values
+            for column, values in read_scalars(path).items():
+                events[column] |= values
     means = {}
-    for tag, column in SCALARS.items():
-        values = pd.Series(events[tag], dtype=float).sort_index()
+    for column, steps in events.items():
+        values = pd.Series(steps, dtype=float).sort_index()
         means[column] = values.groupby(np.searchsorted(frames, values.index)).mean().reindex(range(len(frames)))
     return means
 
@@ -269,7 +280,7 @@ def write_whole(path, text):
 
 def write(data, path):
     """Writes the tidy CSV in an order that keeps diffs small."""
-    extra = [name for name in ("win_rate", *SCALARS.values()) if name in data]
+    extra = [name for name in ("win_rate", *LOGGED) if name in data]
     extra += sorted((name for name in data if name.startswith("return_agent_")), key=natural)
     columns = [*COLUMNS, *(name for name in extra if data[name].notna().any())]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,9 +320,8 @@ def ordered(data, column):
 
 
 def run_means(rows, column="score"):
-    """Mean score of each run over the rows given: {(method, task): Series indexed by seed}."""
-    means = rows.groupby(KEY)[column].mean().dropna()
-    return {pair: scores.droplevel(["method", "task"]) for pair, scores in means.groupby(["method", "task"])}
+    """Mean score of each run over the rows given: Series indexed by method, task and seed."""
+    return rows.groupby(KEY)[column].mean().dropna()
 
 
 def final_scores(data, column="score"):
@@ -319,12 +329,16 @@ def final_scores(data, column="score"):
     return run_means(data[data["complete"] & (10 * data["nominal_frames"] >= 9 * data["last"])], column)
 
 
+def scores_by_task(data):
+    """{method: final scores of its seeds (rows) on all tasks (columns), nan where a run is not complete}."""
+    scores, tasks = final_scores(data), ordered(data, "task")
+    methods = [method for method in ordered(data, "method") if method in scores.index]
+    return {method: scores[method].unstack("task").reindex(columns=tasks) for method in methods}
+
+
 def score_matrices(data, least=2):
     """{method: (R, M) final scores of the R seeds that are complete on all M tasks}, for methods with R >= least."""
-    scores, tasks, matrices = final_scores(data), ordered(data, "task"), {}
-    for method in ordered(data, "method"):
-        columns = [scores.get((method, task), pd.Series(dtype=float)) for task in tasks]
-        matrices[method] = pd.concat(columns, axis=1, join="inner").to_numpy()
+    matrices = {method: scores.dropna().to_numpy() for method, scores in scores_by_task(data).items()}
     return {method: matrix for method, matrix in matrices.items() if len(matrix) >= least}
 
 
@@ -333,25 +347,36 @@ def missing_seeds(data):
 
     A method that was not begun on every task is left out as a whole, and not named.
     """
-    scores, tasks, lacks = final_scores(data), ordered(data, "task"), {}
-    for method in ordered(data, "method"):
-        if data.loc[data["method"] == method, "task"].nunique() < len(tasks):
-            continue
-        seeds = {task: set(scores[method, task].index) if (method, task) in scores else set() for task in tasks}
-        missing = {label(task): sorted(set.union(*seeds.values()) - seeds[task]) for task in tasks}
-        places = [f"{', '.join(map(str, some))} missing on {task}" for task, some in missing.items() if some]
-        lacks.setdefault(" and ".join(places), []).append(label(method))
-    lacks.pop("", None)
+    lacks, begun = {}, data.groupby("method")["task"].nunique()
+    for method, scores in scores_by_task(data).items():
+        missing = {label(task): scores.index[column.isna()] for task, column in scores.items()}
+        places = [f"{', '.join(map(str, seeds))} missing on {task}" for task, seeds in missing.items() if len(seeds)]
+        if places and begun[method] == data["task"].nunique():
+            lacks.setdefault(" and ".join(places), []).append(label(method))
     details = "; ".join(f"{', '.join(methods)}: {places}" for places, methods in lacks.items())
     return f"Left out are the seeds that are not finished on every task. {details}." if details else ""
 
 
 def score_curves(data, method):
-    """(K) nominal frames of the evaluations that all runs of `score_matrices` have, and their (R, M, K) scores."""
+    """(K) nominal frames of the evaluations that all runs of `score_matrices` have, and their (K, R, M) scores."""
     tasks, runs = ordered(data, "task"), data[data["complete"] & (data["method"] == method)]
     table = runs.pivot(index=["seed", "nominal_frames"], columns="task", values="score").reindex(columns=tasks)
     table = table.dropna().unstack("nominal_frames").dropna(axis=1)  # seeds that all tasks have, then evaluations
-    return table[tasks[0]].columns.to_numpy(), np.stack([table[task].to_numpy() for task in tasks], axis=1)
+    scores = np.stack([table[task].to_numpy().T for task in tasks], axis=-1)
+    return table[tasks[0]].columns.to_numpy(), scores
+
+
+def frames_to(level, data, method):
+    """Nominal frames of the first evaluation whose scores over tasks and seeds have this IQM; None if none has."""
+    nominal, scores = score_curves(data, method)
+    reached = iqm(scores) >= level
+    return nominal[reached.argmax()] if reached.any() else None
+
+
+def comparable(data):
+    """Can two methods or more, with two seeds or more, be compared over several tasks with scores in [0, 1]?"""
+    several = data["task"].nunique() >= 2 and data["score"].between(0, 1).all()
+    return several and len(score_matrices(data)) >= 2
 
 
 def iqm(scores):
@@ -425,9 +450,11 @@ def markdown(header, rows, note):
 
 
 def label(name):
-    """The paper's name of a method (with what a variant changes), the short name of a task."""
-    base = next((method for method in PAPER if f"{name}_".startswith(f"{method}_")), None)
-    return PAPER[base][0] + name[len(base) :].replace("_", " ") if base else re.sub(r"^Foraging-|-v\d+$", "", name)
+    """A method's name as the paper writes it (MAPPO-DG c0.5 for mappo_dg_c0.5), the short name of a task."""
+    if name.split("_")[0] not in ACRONYMS:
+        return re.sub(r"^Foraging-|-v\d+$", "", name)
+    words = [word.upper() if word in ACRONYMS else word for word in name.split("_")]
+    return re.sub("^(MAPPO|IPPO) ", r"\1-", " ".join(words))
 
 
 def score_name(data):
@@ -452,20 +479,23 @@ def paper_tasks(data):
     return [task for task in PAPER_TASKS if task in frames and frames[task] == PAPER_FRAMES]
 
 
-def paper_iqm(data, method):
-    """The paper's (IQM, low, high), or () where there is none or the grid has other tasks or fewer frames."""
-    return PAPER[method][1] if method in PAPER and paper_tasks(data) == ordered(data, "task") == PAPER_TASKS else ()
+def paper_iqms(data):
+    """{method: the paper's (IQM, low, high)}; {} where the grid has other tasks or fewer frames than the paper."""
+    if not paper_tasks(data) == ordered(data, "task") == PAPER_TASKS:
+        return {}
+    return {method: iqm_and_interval for method, (iqm_and_interval, _) in PAPER.items()}
 
 
 def scores_table(data):
     """Methods x tasks: mean and standard deviation over seeds of the final score; the paper's mean in the next row."""
     scores, tasks, rows = final_scores(data), ordered(data, "task"), []
+    quoted = paper_tasks(data)
     for method in ordered(data, "method"):
         cells = [scores.get((method, task), []) for task in tasks]
         rows.append([label(method), *(mean_and_std(cell, 2) + f" ({len(cell)})" * (len(cell) > 0) for cell in cells)])
-        paper = dict(zip(PAPER_TASKS, PAPER[method][2], strict=True)) if method in PAPER and paper_tasks(data) else {}
-        if paper:
-            rows.append(["*paper*", *(f"*{paper[task]:.2f}*" if task in paper_tasks(data) else "-" for task in tasks)])
+        if quoted and method in PAPER:
+            paper = dict(zip(PAPER_TASKS, PAPER[method][1], strict=True))
+            rows.append(["*paper*", *(f"*{paper[task]:.2f}*" if task in quoted else "-" for task in tasks)])
     note = f"Final {score_name(data)} (mean over the last 10% of frames): mean ± standard deviation over (n) seeds. "
     return markdown(["method", *map(label, tasks)], rows, note + finished_note(data))
 
@@ -474,7 +504,7 @@ def scores_table(data):
 CURVES = {
     "returns": ("return", "team return"),
     "training": ("train_win_rate", "win rate in training"),
-    "density": ("density", "edges per agent besides itself"),
+    "density": ("edges_per_agent", "edges per agent besides itself"),
 }
 
 
@@ -482,7 +512,7 @@ def curve_table(data, key):
     """Methods x tasks: mean and standard deviation over seeds of the final value of one of CURVES."""
     column, name = CURVES[key]
     if column not in data:
-        raise UserError(f"README.md: the grid of a table *-{key} has no {column}")
+        raise UserError(f"the grid has no {column}")
     values, tasks, rows = final_scores(data, column), ordered(data, "task"), []
     for method in ordered(data[data[column].notna()], "method"):
         rows.append([label(method), *(mean_and_std(values.get((method, task), []), 2) for task in tasks)])
@@ -491,68 +521,108 @@ def curve_table(data, key):
 
 
 # What tells how the graph and its models are doing: column of the CSV -> head of the column in the table
-MODELS = {"density": "edges per agent", "entropy_ratio": "entropy ratio", "predictor_accuracy": "accuracy of q_phi"}
-MODELS |= {"reverse_accuracy": "accuracy of q_psi", "policy_entropy": "policy entropy"}
-MODELS |= {"oracle_precision": "precision", "oracle_recall": "recall"}
+MODELS = {
+    "edges_per_agent": "edges per agent",
+    "entropy_ratio": "entropy ratio",
+    "entropy_ratio_others": "entropy ratio, i ≠ j",
+    "predictor_accuracy": "accuracy of q_phi",
+    "reverse_accuracy": "accuracy of q_psi",
+    "reverse_accuracy_others": "accuracy of q_psi, i ≠ j",
+    "policy_entropy": "policy entropy",
+    "simulator_edges_per_agent": "edges per agent, simulator",
+    "simulator_precision": "precision, simulator",
+    "simulator_recall": "recall, simulator",
+    "average_precision": "average precision",
+    "oracle_precision": "precision",
+    "oracle_recall": "recall",
+}
 
 
 def models_table(data):
     """Tasks x methods with a graph: final values of the columns MODELS."""
-    columns, rows = [column for column in MODELS if column in data], []
-    finals = {column: final_scores(data, column) for column in columns}
-    if "oracle_recall" in finals:  # the oracle's edges are density * precision / recall of each agent's N - 1 pairs
-        columns.append("chance")
-        finals["chance"] = {}
-        for method, task in finals["oracle_recall"]:
-            density = finals["density"][method, task]
-            pairs = data.loc[data["task"] == task].filter(like="return_agent_").notna().any().sum() - 1
-            precision, recall = (finals[f"oracle_{name}"][method, task] for name in ("precision", "recall"))
-            finals["chance"][method, task] = (density * precision / recall / pairs)[recall > 0.01]
-    for task, method in itertools.product(ordered(data, "task"), ordered(data, "method")):
-        if (method, task) in finals.get("density", {}):
-            cells = [mean_and_std(finals[column].get((method, task), []), 2) for column in columns]
-            rows.append([label(task), label(method), *cells])
-    columns = [MODELS.get(column, "precision by chance") for column in columns]
+    if "edges_per_agent" not in data:
+        raise UserError("the grid has no edges_per_agent")
+    finals = pd.DataFrame({head: final_scores(data, column) for column, head in MODELS.items() if column in data})
     note = "In training, mean over the last 10% of frames: mean ± standard deviation over seeds. Edges besides an "
-    note += "agent's own; entropies in nats; entropy ratio and q_psi over all pairs, i = j included, which are easier."
-    note += " Precision and recall against the oracle's graph." * ("oracle_recall" in finals)
-    note += " By chance: the share of all pairs that the oracle connects, edges × precision / recall / (N - 1)." * (
-        "precision by chance" in columns
-    )
-    return markdown(["task", "method", *columns], rows, note)
+    note += "agent's own; entropies in nats"
+    if "entropy_ratio" in data or "reverse_accuracy" in data:
+        note += "; entropy ratio and q_psi over all pairs, i = j included, which are easier"
+    note += "."
+    if "recall" in finals:
+        note += " Precision and recall against the oracle's graph. By chance: the share of all pairs that the oracle "
+        note += "connects, edges × precision / recall / (N - 1)."
+        teams = data.filter(like="return_agent_").notna().groupby(data["task"]).any().sum(axis=1)
+        others = teams[finals.index.get_level_values("task")].to_numpy() - 1
+        chance = finals["edges per agent"] * finals["precision"] / finals["recall"] / others
+        finals["precision by chance"] = chance[finals["recall"] > 0.01]
+    rows = []
+    for task, method in itertools.product(ordered(data, "task"), ordered(data, "method")):
+        runs = finals[finals.index.droplevel("seed") == (method, task)]
+        if runs["edges per agent"].notna().any():
+            rows.append([label(task), label(method), *(mean_and_std(runs[head].dropna(), 2) for head in finals)])
+    return markdown(["task", "method", *finals], rows, note)
 
 
 def scale_table(data):
     """Star-spread by the number of agents: time of an iteration, its largest parts, memory (spread_scale.py's CSV)."""
-    rows, algorithms = [], data["algorithm"].unique()
-    for N, group in data.groupby("N"):
-        group = group.set_index("algorithm")
-        cells = [f"{number(group.loc[name, 'iteration ms'], 0)}" for name in algorithms]
-        first = group.loc[algorithms[0]]
-        shares = [100 * first[f"{phase} ms"] / first["iteration ms"] for phase in ("ppo_update", "multi_agent_gae")]
-        memory = [f"{first[f'{what} MB']:.0f} MB" for what in ("process", "multi_agent_gae")]
-        rows.append([N, *cells, *(f"{number(share, 0)} %" for share in shares), *memory])
-    header = ["N", *(f"{name.upper()}, ms per iteration" for name in algorithms), "of it `ppo_update`"]
+    first, rows = data["algorithm"][0], []
+    times = data.pivot(index="N", columns="algorithm", values="iteration ms")[data["algorithm"].unique()]
+    for _, row in data[data["algorithm"] == first].iterrows():
+        cells = [number(time, 0) for time in times.loc[row["N"]]]
+        for phase in ("ppo_update", "multi_agent_gae"):
+            cells.append(f"{number(100 * row[f'{phase} ms'] / row['iteration ms'], 0)} %")
+        cells += [f"{row[f'{what} MB']:.0f} MB" for what in ("process", "multi_agent_gae")]
+        rows.append([row["N"], *cells])
+    header = ["N", *(f"{name.upper()}, ms per iteration" for name in times), "of it `ppo_update`"]
     header += ["`multi_agent_gae`", "memory of the process", "of `multi_agent_gae` alone"]
-    note = f"Shares and memory are {algorithms[0].upper()}'s. CPU time of one core; 10 episodes of 50 steps."
+    note = f"Shares and memory are {first.upper()}'s. CPU time of one core; 10 episodes of 50 steps."
     return markdown(header, rows, note)
+
+
+def over_tasks(metric, scores):
+    """A metric of (R, M) scores with its interval as text; one seed has a value, but no interval."""
+    return with_interval(*estimate(metric, scores)[: 3 if len(scores) > 1 else 1])
+
+
+def over_tasks_note(data, seeds):
+    """What the metrics over several tasks are of."""
+    note = f"Final {score_name(data)} over {data['task'].nunique()} tasks and {seeds} finished on all of them "
+    note += f"[95% stratified bootstrap interval, from two seeds on]. {finished_note(data)}"
+    if missing_seeds(data):
+        note += f" {missing_seeds(data)}"
+    if paper_iqms(data):
+        note += " The paper's IQM is at 5M frames, read off its figure (about ±0.01)."
+    return note
 
 
 def aggregate_table(data):
     """Methods x aggregate metrics with their 95% intervals, with the paper's IQM where it is comparable."""
-    rows, paper = [], paper_tasks(data) == ordered(data, "task") == PAPER_TASKS
+    rows, paper = [], paper_iqms(data)
     for method, scores in score_matrices(data, least=1).items():
-        known = 3 if len(scores) > 1 else 1  # one seed has a value, but no interval
-        cells = [with_interval(*estimate(metric, scores)[:known]) for metric in METRICS.values()]
+        cells = [over_tasks(metric, scores) for metric in METRICS.values()]
         if paper:
-            cells.insert(1, with_interval(*paper_iqm(data, method)) if paper_iqm(data, method) else "-")
+            cells.insert(1, with_interval(*paper[method]) if method in paper else "-")
         rows.append([label(method), *cells, len(scores)])
-    header = ["method", "IQM", *["IQM, paper"] * paper, "median", "mean", "optimality gap", "seeds"]
-    note = f"Final {score_name(data)} over {data['task'].nunique()} tasks and the seeds finished on all of them "
-    note += f"[95% stratified bootstrap interval, from two seeds on]. {finished_note(data)}"
-    note += f" {missing_seeds(data)}" if missing_seeds(data) else ""
-    note += " The paper's IQM is at 5M frames, read off its figure (about ±0.01)." * paper
-    return markdown(header, rows, note)
+    header = ["method", "IQM", *["IQM, paper"] * bool(paper), "median", "mean", "optimality gap", "seeds"]
+    return markdown(header, rows, over_tasks_note(data, "the seeds"))
+
+
+def glance_table(data):
+    """Methods: IQM beside the paper's, mean, worst task, and after how many frames the IQM is SOLVED."""
+    rows, paper, tasks = [], paper_iqms(data), ordered(data, "task")
+    matrices = score_matrices(data, least=1)
+    for method, scores in matrices.items():
+        cells = [over_tasks(iqm, scores)]
+        if paper:
+            cells.append(with_interval(*paper[method]) if method in paper else "-")
+        worst, frames = scores.mean(0).argmin(), frames_to(SOLVED, data, method)
+        cells += [number(mean(scores), 3), f"{number(scores.mean(0)[worst], 2)} ({label(tasks[worst])})"]
+        rows.append([label(method), *cells, "never" if frames is None else f"{frames / 1e6:.2f}M"])
+    header = ["method", "IQM", *["IQM, paper"] * bool(paper), "mean", "worst task", f"frames to IQM {SOLVED}"]
+    counts = sorted({len(scores) for scores in matrices.values()})
+    seeds = f"the {' or '.join(map(str, counts))} seed{'s' * (counts != [1])}"
+    note = f" Frames: the first evaluation whose IQM over tasks and seeds is {SOLVED} or more."
+    return markdown(header, rows, over_tasks_note(data, seeds) + note)
 
 
 def seeds_table(data):
@@ -560,7 +630,8 @@ def seeds_table(data):
     scores = run_means(data[data["complete"]].groupby(KEY).tail(4))
     seeds, rows = sorted(data["seed"].unique()), []
     for task, method in itertools.product(ordered(data, "task"), ordered(data, "method")):
-        if (values := scores.get((method, task))) is not None:
+        values = scores.get((method, task), [])
+        if len(values):
             cells = [number(values[seed], 3) if seed in values else "-" for seed in seeds]
             rows.append([label(task), label(method), *cells, mean_and_std(values, 3)])
     header = ["task", "method", *(f"seed {seed}" for seed in seeds), "mean ± std"]
@@ -583,67 +654,33 @@ def cost_table(data):
     return markdown(header, rows, note)
 
 
-TABLES = {"scores": scores_table, "aggregate": aggregate_table, "seeds": seeds_table, "cost": cost_table}
-TABLES |= {"models": models_table, "edges": known_graph_figure.table, "time": scale_table}
+TABLES = {"glance": glance_table, "aggregate": aggregate_table, "scores": scores_table, "seeds": seeds_table}
+TABLES |= {key: functools.partial(curve_table, key=key) for key in CURVES}
+TABLES |= {"models": models_table, "cost": cost_table, "edges": known_graph_figure.table, "time": scale_table}
 OTHERS = {"known_graph": "edges", "spread_scale": "time"}  # CSVs that are not a grid's -> their table
 OTHER_COLUMNS = {"known_graph": known_graph_figure.COLUMNS, "spread_scale": ["algorithm", "N", "iteration ms"]}
 OTHER_COLUMNS["spread_scale"] += ["ppo_update ms", "multi_agent_gae ms", "process MB", "multi_agent_gae MB"]
-TABLES |= {key: functools.partial(curve_table, key=key) for key in CURVES}
 
 
 # FIGURES
-def looks(methods, theme):
-    """{method: line style}: the colour is the reward scheme, IPPO is dashed; other methods share the other colours."""
-    colours = THEMES[theme][3:]
-    look = {m: {"color": colours[k % 3], "ls": "--" if k >= 3 else "-"} for k, m in enumerate(PAPER) if m in methods}
-    free = colours[3:] if look else colours
-    for k, method in enumerate(method for method in methods if method not in PAPER):
-        look[method] = {"color": free[k % len(free)], "ls": ["-", "--", ":", "-."][k // len(free) % 4]}
-    return look
-
-
 def add_legend(figure, look):
-    """One legend above all panels, as wide as the figure, which grows by its height."""
-    handles = [Line2D([], [], lw=2.2, label=label(method), **line) for method, line in look.items()]
-    widest = max(len(handle.get_label()) for handle in handles)
-    rows = math.ceil(len(handles) / max(1, int(figure.get_figwidth() * 11 / (widest + 7))))
-    figure.set_figheight(figure.get_figheight() + 0.23 * rows)
-    figure.legend(handles=handles, loc="outside upper center", ncols=math.ceil(len(handles) / rows))
+    """One legend of the methods above all panels."""
+    legend_above(figure, {label(method): line for method, line in look.items()})
 
 
 def task_panels(data, height):
     """A figure with a panel of the given height for each task, and its (axes, task) pairs."""
     tasks = ordered(data, "task")
-    columns = min(3, len(tasks))
-    rows = math.ceil(len(tasks) / columns)
-    figure, axes = new_figure(rows, columns, max(6.5, 3.4 * columns), height * rows + 0.4, sharex=True, sharey=True)
-    for ax in axes.flat[len(tasks) :]:
-        ax.set_visible(False)
-    for ax in axes.flat[len(tasks) - columns : len(tasks)]:  # nothing but the page below them
-        ax.tick_params(labelbottom=True)
-    for ax, task in zip(axes.flat, tasks, strict=False):
-        ax.set_title(label(task))
-    return figure, list(zip(axes.flat, tasks, strict=False))
-
-
-def draw_interval(ax, y, values, colour):
-    """A point and its interval as a horizontal bar."""
-    ax.plot(values[1:], [y, y], lw=8, alpha=0.45, solid_capstyle="butt", color=colour)
-    ax.plot(values[0], y, "o", ms=6, color=colour)
-
-
-def list_rows(ax, names):
-    """Names the rows of a horizontal plot, the first at the top."""
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
-    ax.grid(axis="y", visible=False)
+    figure, axes = panels([label(task) for task in tasks], height)
+    return figure, list(zip(axes, tasks, strict=True))
 
 
 def draw_curves(data, look, column="score", name=None):
     """Curves over frames: each run thin, the mean of the complete ones thick (without any: that of all, pale)."""
     data = data[data[column].notna()]
     look = {method: line for method, line in look.items() if method in set(data["method"])}
-    figure, panels = task_panels(data, 2.7)
-    for ax, task in panels:
+    figure, pairs = task_panels(data, 2.7)
+    for ax, task in pairs:
         for method, line in look.items():
             runs = data[(data["task"] == task) & (data["method"] == method)]
             for _, run in runs.groupby("seed"):
@@ -664,8 +701,8 @@ def draw_curves(data, look, column="score", name=None):
 def draw_scores(data, look):
     """Final scores: a dot for each complete run, a bar at the mean over seeds."""
     scores = final_scores(data)
-    figure, panels = task_panels(data, 0.28 * len(look) + 0.6)
-    for ax, task in panels:
+    figure, pairs = task_panels(data, 0.28 * len(look) + 0.6)
+    for ax, task in pairs:
         for y, (method, line) in enumerate(look.items()):
             values = scores.get((method, task), [])
             ax.plot(values, [y] * len(values), "o", ms=5, alpha=0.7, color=line["color"], mew=0)
@@ -694,14 +731,16 @@ def draw_sweep(data, look):
     """Final score and density of the graph over the values of a setting: a dot for each run, a line at the mean."""
     tasks, found = ordered(data, "task"), sweeps(data)
     columns = {"score": f"final {score_name(data)}"}
-    columns |= {"density": "final edges per agent"} if "density" in data else {}
+    if "edges_per_agent" in data:
+        columns["edges_per_agent"] = "final edges per agent"
     size = max(6.5, 3.6 * len(tasks)), 2.6 * len(columns) + 0.4
     figure, axes = new_figure(len(columns), len(tasks), *size, sharex=True, sharey="row")
     for row, (column, name) in zip(axes, columns.items(), strict=True):
         finals = final_scores(data, column)
         for ax, task in zip(row, tasks, strict=True):
             for stem, methods in found.items():
-                runs = {x: finals[method, task] for x, method in sorted(methods.items()) if (method, task) in finals}
+                runs = {x: finals.get((method, task), []) for x, method in sorted(methods.items())}
+                runs = {x: scores for x, scores in runs.items() if len(scores)}
                 for x, scores in runs.items():
                     ax.plot([x] * len(scores), scores, "o", ms=4, alpha=0.5, mew=0, color=look[stem]["color"])
                 ax.plot(list(runs), [scores.mean() for scores in runs.values()], lw=2, **look[stem])
@@ -715,49 +754,39 @@ def draw_sweep(data, look):
 
 def draw_aggregate(data, look):
     """IQM, median, mean, optimality gap, 95% intervals; the paper's IQM hollow, beneath ours. Agarwal et al. 2021."""
-    matrices, ink = score_matrices(data), mpl.rcParams["text.color"]
+    matrices, paper, ink = score_matrices(data), paper_iqms(data), mpl.rcParams["text.color"]
     figure, axes = new_figure(1, len(METRICS), 10.2, 0.45 * len(matrices) + 0.8, sharey=True)
     for ax, (name, metric) in zip(axes.flat, METRICS.items(), strict=True):
         for y, (method, scores) in enumerate(matrices.items()):
             draw_interval(ax, y, estimate(metric, scores), look[method]["color"])
-            paper = paper_iqm(data, method) if name == "IQM" else ()
-            ax.plot(paper[1:], [y + 0.32] * len(paper[1:]), lw=1, color=ink)
-            ax.plot(paper[:1], [y + 0.32] * len(paper[:1]), "D", ms=4.5, mfc=mpl.rcParams["axes.facecolor"], color=ink)
+            known = paper.get(method, ()) if name == "IQM" else ()
+            ax.plot(known[1:], [y + 0.32] * len(known[1:]), lw=1, color=ink)
+            ax.plot(known[:1], [y + 0.32] * len(known[:1]), "D", ms=4.5, mfc=mpl.rcParams["axes.facecolor"], color=ink)
         ax.set_title(name)
         list_rows(ax, [label(method) for method in matrices])
-    if any(paper_iqm(data, method) for method in matrices):
+    if paper.keys() & matrices.keys():
         diamond = Line2D([], [], ls="-", lw=1, marker="D", ms=4.5, mfc=mpl.rcParams["axes.facecolor"], color=ink)
         figure.legend([diamond], ["the paper's IQM"], loc="outside lower left")
     return figure
 
 
-def draw_bands(estimates, look, **axes):
-    """Lines with 95% bands; estimates: {method: (x, (line, low, high))}."""
-    figure, ((ax,),) = new_figure(1, 1, 6.5, 3.8)
-    for method, (x, (line, low, high)) in estimates.items():
-        ax.fill_between(x, low, high, color=look[method]["color"], alpha=0.15, lw=0)
-        ax.plot(x, line, lw=2.2, **look[method])
-    ax.set(**axes)
-    ax.margins(x=0)
-    add_legend(figure, {method: look[method] for method in estimates})
-    return figure
-
-
 def draw_profile(data, look):
     """Performance profile: the fraction of runs above each score, with 95% bands. Agarwal et al. 2021."""
-    estimates = {m: (THRESHOLDS, estimate(performance_profile, scores)) for m, scores in score_matrices(data).items()}
-    return draw_bands(estimates, look, xlabel=f"final {score_name(data)} τ", ylabel="fraction of runs above τ")
+    bands = {}
+    for method, scores in score_matrices(data).items():
+        bands[label(method)] = THRESHOLDS, estimate(performance_profile, scores), look[method]
+    return draw_bands(bands, xlabel=f"final {score_name(data)} τ", ylabel="fraction of runs above τ")
 
 
 def draw_efficiency(data, look):
     """Sample-efficiency curve: the IQM over tasks and seeds against frames, with 95% bands. Agarwal et al. 2021."""
-    estimates = {}
+    bands = {}
     for method in score_matrices(data):
         nominal, curves = score_curves(data, method)
-        curves = np.moveaxis(curves, -1, 0)  # (K, R, M)
-        estimates[method] = nominal / 1e6, np.stack([estimate(iqm, scores, reps=2000) for scores in curves], axis=1)
+        band = np.stack([estimate(iqm, scores, reps=2000) for scores in curves], axis=1)
+        bands[label(method)] = nominal / 1e6, band, look[method]
     ylabel = f"IQM of {score_name(data)}"
-    return draw_bands(estimates, look, xlabel="environment frames (millions)", ylabel=ylabel, ylim=(0, 1))
+    return draw_bands(bands, xlabel="environment frames (millions)", ylabel=ylabel, ylim=(0, 1))
 
 
 def draw_improvement(data, look):
@@ -774,41 +803,69 @@ def draw_improvement(data, look):
     return figure
 
 
-def draw(grid, data, folder):
-    """Saves a grid's figures; those over several tasks only if two methods and two tasks can be compared in [0, 1]."""
-    figures = {"curves": draw_curves, "scores": draw_scores}
-    for key, (column, name) in CURVES.items():
-        if column in data and (win_rate_tasks(data) or column != "return"):  # otherwise the return is the score
-            figures[key] = functools.partial(draw_curves, column=column, name=name)
-    if len(score_matrices(data)) >= 2 and data["task"].nunique() >= 2 and data["score"].between(0, 1).all():
-        figures |= {"aggregate": draw_aggregate, "profile": draw_profile}
-        figures |= {"efficiency": draw_efficiency, "improvement": draw_improvement}
+FIGURES = {"curves": draw_curves, "scores": draw_scores, "sweep": draw_sweep, "aggregate": draw_aggregate}
+FIGURES |= {"profile": draw_profile, "efficiency": draw_efficiency, "improvement": draw_improvement}
+FIGURES |= {key: functools.partial(draw_curves, column=column, name=name) for key, (column, name) in CURVES.items()}
+
+
+def kinds(data):
+    """Which of TABLES and FIGURES tell something about this grid: a set of names."""
+    names = {"scores", "seeds", "cost", "curves"}
+    for key, (column, _) in CURVES.items():
+        if column in data and (column != "return" or win_rate_tasks(data)):  # otherwise the return is the score
+            names.add(key)
+    if "edges_per_agent" in data:
+        names.add("models")
+    if comparable(data):
+        names |= {"glance", "aggregate", "profile", "efficiency", "improvement"}
     if sweeps(data):
-        figures["sweep"] = draw_sweep
-    for name, function in figures.items():
-        lines = list(sweeps(data)) if name == "sweep" else ordered(data, "method")
+        names.add("sweep")
+    return names
 
-        def themed(theme, function=function, lines=lines):
-            return function(data, looks(lines, theme))
 
-        save(themed, folder, f"{grid}-{name}")
+def draw(grid, data, folder, shown=None):
+    """Saves a grid's figures; of their files only those shown (None: all)."""
+    names = kinds(data)
+    for name, function in FIGURES.items():
+        if name in names:
+            lines = list(sweeps(data)) if name == "sweep" else ordered(data, "method")
+
+            def themed(theme, function=function, lines=lines):
+                return function(data, looks(lines, theme))
+
+            save(themed, folder, f"{grid}-{name}", shown)
 
 
 # MAIN
-def fill_tables(text, grids):
-    """README's text with the table between each pair of markers made anew, everything else as it is."""
+def fill_tables(text, grids, page):
+    """A page's text with the table between each pair of markers made anew, everything else as it is."""
     pattern = re.compile(r"^(<!-- report:(\S+) begin -->\n).*?^(<!-- report:\2 end -->)", re.DOTALL | re.MULTILINE)
     markers = re.findall(r"^<!-- report:(\S+) (begin|end) -->", text, re.MULTILINE)
     if markers != [(match[2], end) for match in pattern.finditer(text) for end in ("begin", "end")]:
-        raise UserError("README.md: every `report:... begin` line needs its `end` line before the next one begins")
+        raise UserError(f"{page}: every `report:... begin` line needs its `end` line before the next one begins")
 
     def table(match):
         grid, _, name = match[2].rpartition("-")
         if grid not in grids or name not in TABLES or OTHERS.get(grid, name) != name:
-            raise UserError(f"README.md: no table {match[2]}; grids: {', '.join(grids)}; tables: {', '.join(TABLES)}")
-        return f"{match[1]}{TABLES[name](grids[grid])}\n{match[3]}"
+            raise UserError(f"{page}: no table {match[2]}; grids: {', '.join(grids)}; tables: {', '.join(TABLES)}")
+        try:
+            return f"{match[1]}{TABLES[name](grids[grid])}\n{match[3]}"
+        except UserError as error:
+            raise UserError(f"{page}: no table {match[2]}: {error}") from error
 
     return pattern.sub(table, text)
+
+
+def read_pages(root):
+    """{"README.md" or "docs/NAME.md": its text} of the pages that there are."""
+    pages = {}
+    for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        try:
+            if path.exists():
+                pages[path.relative_to(root).as_posix()] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8: {error}") from error
+    return pages
 
 
 def load_grids(folder):
@@ -818,7 +875,7 @@ def load_grids(folder):
 
 
 def load_others(folder):
-    """{name: data} of the CSVs that are not a grid's but have a table in README; UserError if one is damaged."""
+    """{name: data} of the CSVs that are not a grid's but have a table; UserError if one is damaged."""
     paths = {name: folder / f"{name}.csv" for name in OTHERS}
     return {name: read_csv(path, OTHER_COLUMNS[name]) for name, path in paths.items() if path.exists()}
 
@@ -828,9 +885,11 @@ class Args:
     collect: Path | None = None
     """output folder of launch.py, whose runs go into experiments/results/GRID.csv"""
     grid: str | None = None
-    """name of the grid that is collected"""
+    """name of the grid that is collected, or else of the only one that is printed and drawn"""
     check: bool = False
-    """change nothing; exit 1 if a table in README.md differs from what the CSVs give"""
+    """change nothing; exit 1 if a table in a page differs from what the CSVs give"""
+    all: bool = False
+    """draw every figure, as PNG and SVG, not only those that README.md and docs/ show"""
 
 
 def read_grid(path):
@@ -852,35 +911,51 @@ def collect_grid(output, grid, experiments):
     write(merge(read_csv(path, COLUMNS), runs) if path.exists() else runs, path)
 
 
+def report_grid(grid, data, folder, shown):
+    """Prints a grid's tables and draws its figures."""
+    names = {OTHERS[grid]} if grid in OTHERS else kinds(data)
+    for name, table in TABLES.items():
+        if name in names:
+            print(f"{grid}-{name}\n\n{table(data)}\n")
+    if grid == "known_graph":
+        save(functools.partial(known_graph_figure.draw, data), folder, grid, shown)
+    if grid in OTHERS:
+        return
+    if missing_seeds(data):
+        print(f"report.py: {grid}, aggregates over tasks: {missing_seeds(data)}", file=sys.stderr)
+    draw(grid, data, folder, shown)
+
+
 def main(args, root):
     """Does what the flags say in the repository at root and returns the exit status; raises UserError."""
-    readme, experiments = root / "README.md", root / "experiments"
+    experiments = root / "experiments"
     if args.collect is not None:
-        if args.check:
-            raise UserError("--collect and --check are two commands")
+        if args.check or args.all:
+            raise UserError("--collect draws and compares nothing: --check and --all are for a second command")
         collect_grid(args.collect, args.grid, experiments)
         return 0
-    if args.grid is not None:
-        raise UserError("--grid is for --collect: figures and tables are made of all grids")
-    grids, others = load_grids(experiments / "results"), load_others(experiments / "results")
-    try:
-        old = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    except UnicodeDecodeError as error:
-        raise UserError(f"{readme} is not UTF-8: {error}") from error
-    new = fill_tables(old, grids | others)
+    if args.check and (args.grid or args.all):
+        raise UserError("--check compares the tables of all grids and draws nothing: without --grid and --all")
+    grids = load_grids(experiments / "results") | load_others(experiments / "results")
+    if args.grid is not None and args.grid not in grids:
+        raise UserError(f"no grid {args.grid} in experiments/results; there are {', '.join(grids)}")
+    pages = read_pages(root)
+    filled = {page: fill_tables(text, grids, page) for page, text in pages.items()}
+    changed = [page for page in pages if filled[page] != pages[page]]
     if args.check:
-        print("README.md's tables " + ("equal the CSVs" if new == old else "differ: run python experiments/report.py"))
-        return int(new != old)
-    if new != old:
-        write_whole(readme, new)
+        for page in changed:
+            print(f"{page}: its tables differ from the CSVs: run python experiments/report.py")
+        if not changed:
+            print(f"The tables equal the CSVs: {', '.join(pages)}")
+        return int(len(changed) > 0)
+    for page in changed:
+        write_whole(root / page, filled[page])
+    if sys.stdout is not None:  # None: closed by whoever started the program
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no ± prints its code
+    shown = None if args.all else figures_in(pages.values())
     for grid, data in grids.items():
-        draw(grid, data, experiments / "figures")
-        print(f"{grid}: {finished_note(data)}")
-        if missing_seeds(data):
-            print(f"report.py: {grid}, aggregates over tasks: {missing_seeds(data)}", file=sys.stderr)
-    if "known_graph" in others:
-        draw_known_graph = functools.partial(known_graph_figure.draw, others["known_graph"])
-        save(draw_known_graph, experiments / "figures", "known_graph")
+        if args.grid in (None, grid):
+            report_grid(grid, data, experiments / "figures", shown)
     return 0
 
 

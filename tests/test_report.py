@@ -1,4 +1,4 @@
-"""experiments/report.py: collecting, merging, statistics, tables, and that README's tables are those of the CSVs.
+"""experiments/report.py: collecting, merging, statistics, tables, and that the pages' tables are those of the CSVs.
 
 The comparison with rliable is skipped where rliable is not installed. It needs pandas < 3, so run it in a fresh
 environment: `pip install -r experiments/requirements.txt -r tests/requirements-extra.txt pytest`, then
@@ -22,6 +22,7 @@ from scipy.stats import trim_mean  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
+import plotting  # noqa: E402
 import report  # noqa: E402
 
 HEADER = "global_step,evaluation,nominal_step,episodic_return,episodic_return_std,episodes"
@@ -76,12 +77,15 @@ def run(root, **args):
     return report.main(report.Args(**args), root)
 
 
+def markers(name, table=""):
+    return f"<!-- report:{name} begin -->\n{table}<!-- report:{name} end -->\n"
+
+
 def table_of(root, name):
-    """The table that report.py writes into a README with one pair of markers."""
-    (root / "README.md").write_text(f"<!-- report:{name} begin -->\n<!-- report:{name} end -->\n", encoding="utf-8")
+    """The table that report.py writes into a page with one pair of markers."""
     results = root / "experiments" / "results"
     grids = report.load_grids(results) | report.load_others(results)
-    text = report.fill_tables((root / "README.md").read_text(encoding="utf-8"), grids)
+    text = report.fill_tables(markers(name), grids, "README.md")
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0:1] == "|"]
 
 
@@ -195,7 +199,8 @@ def test_collect_a_restarted_run_a_half_row_and_agents_that_differ(tmp_path):
     assert data.return_agent_2.isna().tolist() == [False, False, True, True, True]
 
 
-def test_density_is_the_mean_since_the_evaluation_before(tmp_path):
+@pytest.mark.parametrize("tag", ["graph/density", "graph/edges_per_agent"])
+def test_edges_per_agent_are_the_mean_since_the_evaluation_before_by_either_name(tmp_path, tag):
     tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="needs torch")
     folder = write_run(tmp_path / "output", "mappo_dg", TASK, 1, np.zeros(11), seconds=5) / "runs/run"
     write_run(tmp_path / "output", "mappo_local", TASK, 1, np.zeros(11), seconds=5)
@@ -207,21 +212,54 @@ def test_density_is_the_mean_since_the_evaluation_before(tmp_path):
         with tensorboard.SummaryWriter(folder, filename_suffix=f".{first}") as writer:
             writer.add_scalar("charts/SPS", 1, 1)
             for k in range(first, 10 if first else 7):
-                writer.add_scalar("graph/density", value - 0.25, frames[k] + 500)
-                writer.add_scalar("graph/density", value + 0.25, frames[k + 1])
+                writer.add_scalar(tag, value - 0.25, frames[k] + 500)
+                writer.add_scalar(tag, value + 0.25, frames[k + 1])
                 writer.add_scalar("charts/win_rate", k / 10, frames[k + 1])
                 writer.add_scalar("losses/reverse_model_accuracy", k / 20, frames[k + 1])
     run(tmp_path, collect=tmp_path / "output", grid="g")
     data = pd.read_csv(tmp_path / "experiments/results/g.csv")
-    assert data[data.method == "mappo_dg"].density.round(6).tolist()[1:] == [0.25] * 6 + [0.75] * 4
+    assert data[data.method == "mappo_dg"].edges_per_agent.round(6).tolist()[1:] == [0.25] * 6 + [0.75] * 4
     assert data[data.method == "mappo_dg"].train_win_rate.tolist()[1:] == [k / 10 for k in range(10)]
-    assert data.density.isna().sum() == 1 + 11  # nothing before the first iteration; no graph
+    assert data.edges_per_agent.isna().sum() == 1 + 11  # nothing before the first iteration; no graph
     assert table_of(tmp_path, "g-density")[2:] == [["MAPPO-DG", "0.75"]]
     assert table_of(tmp_path, "g-training")[2:] == [["MAPPO-DG", "0.85"]]
     head = ["task", "method", "edges per agent", "accuracy of q_psi"]
     assert table_of(tmp_path, "g-models")[::2] == [head, ["8x8-2p-4f-coop", "MAPPO-DG", "0.75", "0.43"]]
-    with pytest.raises(report.UserError, match="has no density"):
-        report.curve_table(data.drop(columns="density"), "density")
+    data.drop(columns="edges_per_agent").to_csv(tmp_path / "experiments/results/g.csv", index=False)
+    for table in ("g-density", "g-models"):
+        with pytest.raises(report.UserError, match=f"^README.md: no table {table}: the grid has no edges_per_agent"):
+            table_of(tmp_path, table)
+
+
+def test_what_is_measured_over_other_pairs_has_a_column_of_its_own(tmp_path):
+    """A run of version 0.1.0, over all pairs, and one of today, over those with i != j; the simulator's edges."""
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="needs torch")
+    names = "simulator_precision simulator_recall simulator_edges_per_agent average_precision edges_per_agent".split()
+    tags = {
+        1: ["graph/density", "graph/entropy_ratio", "losses/reverse_model_accuracy"],
+        2: ["graph/entropy_ratio_others", "losses/reverse_model_accuracy_others", *(f"graph/{name}" for name in names)],
+    }
+    for seed in tags:
+        folder = write_run(tmp_path / "output", "mappo_dg", TASK, seed, np.zeros(2), seconds=5) / "runs/run"
+        with tensorboard.SummaryWriter(folder) as writer:
+            for k, tag in enumerate(tags[seed], start=1):
+                writer.add_scalar(tag, k / 8, 100)
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    old, new = pd.read_csv(tmp_path / "experiments/results/g.csv").groupby("seed").last().to_dict("records")
+    graph = ["edges_per_agent", "entropy_ratio", "reverse_accuracy"]
+    assert [old[column] for column in graph] == [0.125, 0.25, 0.375]
+    assert [new[column] for column in ["entropy_ratio_others", "reverse_accuracy_others", *names]] == [
+        k / 8 for k in range(1, 8)
+    ]
+    assert all(np.isnan(old[f"{column}_others"]) and np.isnan(new[column]) for column in graph[1:])
+    heads = table_of(tmp_path, "g-models")[0]
+    assert {"entropy ratio", "entropy ratio, i ≠ j", "precision, simulator", "average precision"} < set(heads)
+
+
+def test_the_note_on_pairs_is_there_for_what_is_over_all_pairs_only(root):
+    data = report.load(root / "experiments/results/small.csv").assign(edges_per_agent=1.0, entropy_ratio_others=0.5)
+    assert "i = j included" not in report.models_table(data)
+    assert "i = j included" in report.models_table(data.assign(reverse_accuracy=0.5))
 
 
 def test_collect_takes_only_the_grids_methods_and_tasks(tmp_path):
@@ -236,7 +274,7 @@ def test_collect_takes_only_the_grids_methods_and_tasks(tmp_path):
     assert list(data.columns)[-1] == "return_agent_1"  # no empty column for a task that is not in the grid
 
 
-def write_events(path, values, tag="graph/density"):
+def write_events(path, values, tag="graph/edges_per_agent"):
     """An event file {step: value} with this very name, which SummaryWriter does not allow."""
     tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="needs torch")
     folder = path.parent / "events"
@@ -259,18 +297,20 @@ def test_event_files_are_read_in_the_order_of_their_names(tmp_path):
     }  # the latest is written first
     for first, (name, value) in zip((2, 1, 0), parts.items()):
         write_events(folder / f"events.out.tfevents.{name}", {step: value for step in frames[first + 1 :]})
-    assert report.collect(tmp_path / "output")["density"].tolist()[1:] == [0.25, 0.5, 0.75]
+    assert report.collect(tmp_path / "output")["edges_per_agent"].tolist()[1:] == [0.25, 0.5, 0.75]
 
 
 def test_event_files_are_read_as_tensorboard_reads_them(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     path = tmp_path / "events.out.tfevents.1.host.1.0"
     write_events(path, {step: step / 7 for step in range(0, 3000, 100)})
-    events = accumulator.EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload().Scalars("graph/density")
-    whole = report.read_scalars(path)["graph/density"]
+    events = (
+        accumulator.EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload().Scalars("graph/edges_per_agent")
+    )
+    whole = report.read_scalars(path)["edges_per_agent"]
     assert whole == {event.step: event.value for event in events} and len(whole) == 30
     path.write_bytes(path.read_bytes()[:-3])  # killed while writing
-    assert report.read_scalars(path)["graph/density"] == {step: whole[step] for step in range(0, 2900, 100)}
+    assert report.read_scalars(path)["edges_per_agent"] == {step: whole[step] for step in range(0, 2900, 100)}
 
 
 @pytest.mark.filterwarnings("error")
@@ -335,7 +375,7 @@ def test_no_evaluation_is_lost_whatever_the_interval(tmp_path, interval):
     assert run_1["nominal_frames"].tolist() == [k * interval for k in range(21)]
     nominal, curves = report.score_curves(data, "m")  # up to the end of the shorter task
     assert nominal.tolist() == [k * interval for k in range(12)]
-    assert np.allclose(curves, np.arange(12) / 100)
+    assert np.allclose(curves, np.arange(12)[:, None, None] / 100)
     assert table_of(tmp_path, "g-scores")[2] == ["m", "0.19 ± 0.00 (2)", "0.11 ± 0.00 (2)"]
 
 
@@ -348,7 +388,7 @@ def test_runs_with_intervals_of_their_own_are_compared_at_the_frames_that_all_ha
     assert data["complete"].all()
     nominal, curves = report.score_curves(data, "m")
     assert nominal.tolist() == list(range(0, 300_001, 60_000))
-    assert curves.shape == (2, 2, 6) and np.allclose(curves, nominal / 1e6)
+    assert curves.shape == (6, 2, 2) and np.allclose(curves, nominal[:, None, None] / 1e6)
 
 
 def test_of_two_evaluations_of_one_index_the_later_one_counts(tmp_path):
@@ -560,7 +600,7 @@ def test_aggregates_take_only_seeds_complete_on_all_tasks(root):
     shapes = {method: scores.shape for method, scores in report.score_matrices(data).items()}
     assert shapes == {"mappo_dg": (3, 2), "mappo_local": (2, 2)}
     nominal, curves = report.score_curves(data, "mappo_local")
-    assert nominal.tolist() == list(range(0, 1_050_000, 50_000)) and curves.shape == (2, 2, 21)
+    assert nominal.tolist() == list(range(0, 1_050_000, 50_000)) and curves.shape == (21, 2, 2)
     header, dg, local = (row for row in table_of(root, "small-aggregate") if row[0] != "---")
     assert header == ["method", "IQM", "median", "mean", "optimality gap", "seeds"]
     assert dg[1].startswith("0.820 [0.81") and dg[-1] == "3"
@@ -588,6 +628,34 @@ def test_paper_is_quoted_for_its_tasks_and_frames_only(tmp_path):
     assert table_of(tmp_path, "g50000-cost")[-1] == ["all", "12", "12.0", "60", "1389"]
 
 
+def test_a_glance_has_the_worst_task_and_the_frames_to_an_iqm_of_07(tmp_path):
+    """An IQM is that of an evaluation's scores over tasks and seeds: .7 for m when seed 2 has it on both tasks."""
+    for method, task, seed, k in (("m", "t", 1, 4), ("m", "t", 2, 6), ("m", "u", 1, 5), ("m", "u", 2, 6)):
+        returns = np.where(np.arange(21) >= k, 0.9 if task == "t" else 0.75, 0.1)
+        write_run(tmp_path / "output", method, task, seed, returns, seconds=5)
+    for task, level in (("t", 0.69), ("u", 0.2)):
+        write_run(tmp_path / "output", "slow", task, 1, np.full(21, level), seconds=5)
+    write_run(tmp_path / "output", "part", "t", 1, np.full(21, 0.9), seconds=5)  # not begun on u
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    head, _, m, slow = table_of(tmp_path, "g-glance")
+    assert head == ["method", "IQM", "mean", "worst task", "frames to IQM 0.7"]
+    assert m == ["m", "0.825 [0.825, 0.825]", "0.825", "0.75 (u)", "0.30M"]
+    assert slow == ["slow", "0.445", "0.445", "0.20 (u)", "never"]
+    data = report.load(tmp_path / "experiments/results/g.csv")
+    note = (
+        "over 2 tasks and the 1 or 2 seeds finished on all of them [95% stratified bootstrap interval, from two seeds"
+    )
+    assert note in report.glance_table(data) and "(1M frames)" in report.glance_table(data)
+
+
+def test_the_committed_lbf_runs_at_a_glance():
+    table = table_of(ROOT, "lbf_mappo-glance")
+    assert [row[0] for row in table[2:]] == ["MAPPO-DG", "MAPPO-global", "MAPPO-local"]
+    assert [row[-1] for row in table[2:]] == ["1.70M", "3.15M", "never"]
+    assert table[2][1:3] == ["0.841 [0.815, 0.869]", "0.855 [0.814, 0.880]"]
+    assert table[3][-2] == "0.09 (15x15-3p-4f)"
+
+
 def test_win_rate_is_the_score_where_there_is_one(tmp_path):
     write_run(tmp_path / "output", "m", "MMM", 1, np.full(11, 0.5), interval=10_000, seconds=5, win=True)
     edit(tmp_path / "output/m/MMM/seed1/runs/run/evaluations.csv", ",0.5,0.25,100", ",12,3,100")
@@ -609,7 +677,7 @@ def test_the_score_is_the_win_rate_on_the_tasks_that_have_one(tmp_path):
     assert table_of(tmp_path, "g-aggregate")[2][3] == "0.600 [0.600, 0.600]"
     data = report.load(tmp_path / "experiments/results/g.csv")
     assert "Final score (win rate on MMM, else team return) (mean" in report.scores_table(data)
-    data = data.assign(density=1.0)  # the oracle is known on LBF alone
+    data = data.assign(edges_per_agent=1.0)  # the oracle is known on LBF alone
     data.loc[data["task"] == TASK, ["oracle_precision", "oracle_recall"]] = 0.5
     assert report.models_table(data).splitlines()[3] == "| MMM | MAPPO-DG | 1.00 ± 0.00 | - | - | - |"
 
@@ -642,28 +710,43 @@ def test_seeds_that_differ_by_task_are_named(tmp_path, capsys, monkeypatch):
     assert report.missing_seeds(data[data["method"].isin(["c", "d"])]) == ""
 
 
-# README
-def test_readme_is_filled_between_markers_and_a_changed_number_is_noticed(root, monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda *_: None)
-    frame = "# Title\n<!-- report:small-scores begin -->\n{}<!-- report:small-scores end -->\n<!-- other -->\n0.82\n"
-    readme = root / "README.md"
-    readme.write_text(frame.format("old\n"), encoding="utf-8")
-    assert run(root, check=True) == 1
-    assert readme.read_text(encoding="utf-8") == frame.format("old\n")
+# PAGES
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_a_page_is_filled_between_markers_and_a_changed_number_is_noticed(root, page, capsys):
+    path, other = root / page, root / "docs/other.md"
+    path.parent.mkdir(exist_ok=True)
+    other.parent.mkdir(exist_ok=True)
+    cost = report.fill_tables(markers("small-cost"), report.load_grids(root / "experiments/results"), "other.md")
+    other.write_text(cost, encoding="utf-8")
+    frame = "# Title\n" + markers("small-scores", "{}") + "<!-- other -->\n0.82\n"
+
+    def check():
+        capsys.readouterr()
+        status, printed = run(root, check=True), capsys.readouterr().out
+        assert printed == (
+            f"{page}: its tables differ from the CSVs: run python experiments/report.py\n"
+            if status
+            else f"The tables equal the CSVs: {', '.join(sorted([page, 'docs/other.md']))}\n"
+        )
+        return status
+
+    path.write_text(frame.format("old\n"), encoding="utf-8")
+    assert check() == 1
+    assert path.read_text(encoding="utf-8") == frame.format("old\n")
     assert run(root) == 0
     start, end = frame.split("{}")
-    text = readme.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
     assert text.startswith(start + "| method |") and text.endswith(end)
-    assert run(root, check=True) == 0
-    readme.write_text(text.replace("0.82 ±", "0.83 ±", 1), encoding="utf-8")
-    assert run(root, check=True) == 1
-    readme.write_text(text.replace("# Title", "# Another"), encoding="utf-8")
-    assert run(root, check=True) == 0
+    assert check() == 0
+    path.write_text(text.replace("0.82 ±", "0.83 ±", 1), encoding="utf-8")
+    assert check() == 1
+    path.write_text(text.replace("# Title", "# Another"), encoding="utf-8")
+    assert check() == 0
 
 
 def test_a_disk_that_is_full_leaves_the_old_readme(root, monkeypatch):
     readme = root / "README.md"
-    readme.write_text("<!-- report:small-scores begin -->\n<!-- report:small-scores end -->\n", encoding="utf-8")
+    readme.write_text(markers("small-scores"), encoding="utf-8")
     before = readme.read_bytes()
 
     def write_half(path, text, **_):
@@ -679,23 +762,112 @@ def test_a_disk_that_is_full_leaves_the_old_readme(root, monkeypatch):
 @pytest.mark.parametrize(
     "text, sentence",
     [
-        ("<!-- report:small-score begin -->\n<!-- report:small-score end -->\n", "no table small-score;"),
-        ("<!-- report:smal-scores begin -->\n<!-- report:smal-scores end -->\n", "no table smal-scores;"),
+        (markers("small-score"), "no table small-score;"),
+        (markers("smal-scores"), "no table smal-scores;"),
+        (markers("small-density"), "no table small-density: the grid has no edges_per_agent"),
         ("<!-- report:small-scores begin -->\n", "needs its `end` line"),
         ("<!-- report:a-b begin -->\n<!-- report:c-d begin -->\n<!-- report:a-b end -->\n", "needs its `end` line"),
     ],
 )
-def test_wrong_markers(root, text, sentence):
-    with pytest.raises(report.UserError, match=sentence):
-        report.fill_tables(text, report.load_grids(root / "experiments" / "results"))
+def test_wrong_markers_are_named_with_their_page(root, text, sentence):
+    (root / "docs").mkdir()
+    (root / "docs/page.md").write_text(text, encoding="utf-8")
+    with pytest.raises(report.UserError, match=f"^docs/page.md: .*{sentence}"):
+        run(root, check=True)
 
 
-def test_every_figure_is_drawn_for_light_and_dark_pages(root):
+def test_a_page_that_is_not_utf_8_is_named(root):
+    (root / "docs").mkdir()
+    (root / "docs/page.md").write_bytes(b"\xff")
+    with pytest.raises(report.UserError, match=r"docs/page\.md is not UTF-8"):
+        run(root)
+
+
+def figures(root):
+    """{name: content} of the figures of a repository."""
+    return {path.name: path.read_bytes() for path in (root / "experiments/figures").glob("*")}
+
+
+def test_every_figure_is_drawn_for_light_and_dark_pages_if_asked(root):
     (root / "experiments" / "results" / "another.csv").write_text("not,a,grid\n1,2,3\n", encoding="utf-8")
+    assert run(root, all=True) == 0
+    names = {name for name, content in figures(root).items() if len(content) > 5000}
+    kinds = ("curves", "scores", "aggregate", "profile", "efficiency", "improvement")
+    assert names == {f"small-{f}-{theme}.{ext}" for f in kinds for theme in plotting.THEMES for ext in ("png", "svg")}
+
+
+def test_the_figures_that_pages_show_are_drawn_and_no_others(root):
+    (root / "docs").mkdir()
+    text = "![curves](experiments/figures/small-curves-light.svg) and small-scores-light.png,\n"
+    (root / "README.md").write_text(text + "experiments/figures/other-curves-light.svg", encoding="utf-8")
+    text = '<source srcset="../experiments/figures/small-efficiency-dark.png"> (../experiments/figures/watch-dark.gif).'
+    (root / "docs/page.md").write_text(text, encoding="utf-8")
     assert run(root) == 0
-    names = {path.name for path in (root / "experiments" / "figures").iterdir() if path.stat().st_size > 5000}
-    figures = ("curves", "scores", "aggregate", "profile", "efficiency", "improvement")
-    assert names == {f"small-{f}-{theme}.{ext}" for f in figures for theme in report.THEMES for ext in ("png", "svg")}
+    assert figures(root).keys() == {"small-curves-light.svg", "small-efficiency-dark.png"}
+
+
+def test_a_figure_has_the_same_bytes_each_time_and_whatever_is_drawn_beside_it(root):
+    shown = {"small-curves-light.svg", "small-aggregate-dark.png", "small-improvement-dark.svg"}
+    links = [f"![](experiments/figures/{name})" for name in shown]
+    (root / "README.md").write_text("\n".join(links), encoding="utf-8")
+    run(root)
+    before = figures(root)
+    assert before.keys() == shown
+    run(root, all=True)
+    assert {name: figures(root)[name] for name in shown} == before
+
+
+def test_a_grid_alone_is_printed_and_drawn_while_the_pages_are_filled_as_a_whole(root, capsys):
+    run(root, collect=root / "output", grid="second")
+    path = root / "experiments/results/second.csv"
+    pd.read_csv(path).assign(edges_per_agent=1).to_csv(path, index=False)
+    text = "".join(markers(f"{grid}-scores") for grid in ("small", "second"))
+    text += "".join(f"experiments/figures/{grid}-curves-dark.svg\n" for grid in ("small", "second"))
+    (root / "README.md").write_text(text, encoding="utf-8")
+    assert run(root, grid="second") == 0
+    assert figures(root).keys() == {"second-curves-dark.svg"}
+    page, printed = (root / "README.md").read_text(encoding="utf-8"), capsys.readouterr().out
+    assert page.count("| MAPPO-DG | 0.82 ± 0.01 (3) |") == 2
+    names = [line for line in printed.splitlines() if line.startswith(("second-", "small-"))]
+    assert names == [f"second-{name}" for name in "glance aggregate scores seeds density models cost".split()]
+    grids = report.load_grids(root / "experiments/results")
+    assert f"second-seeds\n\n{report.seeds_table(grids['second'])}\n" in printed
+    with pytest.raises(report.UserError, match="^no grid third in experiments/results; there are second, small$"):
+        run(root, grid="third")
+
+
+def test_an_experiment_that_is_no_grid_is_printed_and_drawn(tmp_path, capsys):
+    results = tmp_path / "experiments/results"
+    results.mkdir(parents=True)
+    for name in ("known_graph", "spread_scale"):
+        shutil.copy(ROOT / f"experiments/results/{name}.csv", results)
+    (tmp_path / "README.md").write_text("experiments/figures/known_graph-light.png", encoding="utf-8")
+    run(tmp_path, grid="spread_scale")
+    assert capsys.readouterr().out.startswith("spread_scale-time\n\n| N | ") and not figures(tmp_path)
+    run(tmp_path, grid="known_graph")
+    assert capsys.readouterr().out.startswith("known_graph-edges\n\n| world, policy | N | ")
+    assert figures(tmp_path).keys() == {"known_graph-light.png"}
+
+
+def test_methods_are_named_as_the_paper_names_them_and_tasks_in_short():
+    names = {"mappo_dg": "MAPPO-DG", "ippo_local": "IPPO-local", "mappo_dg_c0.5": "MAPPO-DG c0.5", "happo": "happo"}
+    names |= {"mappo_cdg": "MAPPO-CDG", "mappo_cdg_learned": "MAPPO-CDG learned", "MMM": "MMM"}
+    names |= {"cdg_predictable_private": "CDG predictable private", TASK: "8x8-2p-4f-coop", "a_b": "a_b"}
+    assert {name: report.label(name) for name in names} == names
+
+
+@pytest.mark.parametrize("theme", plotting.THEMES)
+def test_every_method_has_a_look_of_its_own_which_others_do_not_change(theme):
+    paper = list(report.PAPER)
+    assert paper == plotting.PAPER_METHODS
+    ours = ["mappo_cdg", "mappo_cdg_learned"]
+    choices = [f"cdg_{name}" for name in ("blind", "pairwise", "predictable", "published")]
+    everything = report.looks([*paper, *ours, *choices, "mappo_dg_transposed"], theme)
+    assert len({tuple(look.values()) for look in everything.values()}) == len(everything)
+    for methods in (paper, paper[:3], ours, ["mappo_dg", "mappo_cdg"], [paper[0], *ours]):
+        assert report.looks(methods, theme) == {method: everything[method] for method in methods}
+    transposed = report.looks(["mappo_dg", "mappo_dg_transposed"], theme)["mappo_dg_transposed"]
+    assert transposed == report.looks(["mappo_dg", *ours, "mappo_dg_transposed"], theme)["mappo_dg_transposed"]
 
 
 def test_the_comparing_figures_show_their_statistics(root):
@@ -753,7 +925,7 @@ def test_precision_by_chance_is_the_oracles_share_of_all_pairs(tmp_path):
     write_run(tmp_path / "output", "mappo_dg", "t", 1, np.zeros(11), agents=3, seconds=5)
     run(tmp_path, collect=tmp_path / "output", grid="g")
     path = tmp_path / "experiments/results/g.csv"
-    pd.read_csv(path).assign(density=1, oracle_precision=0.6, oracle_recall=0.4).to_csv(path, index=False)
+    pd.read_csv(path).assign(edges_per_agent=1, oracle_precision=0.6, oracle_recall=0.4).to_csv(path, index=False)
     rows = table_of(tmp_path, "g-models")
     assert rows[0][2:] == ["edges per agent", "precision", "recall", "precision by chance"]
     assert rows[2][2:] == ["1.00", "0.60", "0.40", "0.75"]
@@ -772,8 +944,11 @@ def test_every_panel_shows_all_of_its_curves(tmp_path):
     [
         (["--collect", "nowhere", "--grid", "g"], "No such file or directory: 'nowhere'"),
         (["--collect", "bad/m", "--grid", "g"], "bad/m holds no evaluations"),
-        (["--grid", "g"], "--grid is for --collect"),
-        (["--collect", "bad", "--grid", "g", "--check"], "two commands"),
+        (["--grid", "g"], "no grid g in experiments/results; there are "),
+        (["--collect", "bad", "--grid", "g", "--check"], "for a second command"),
+        (["--collect", "bad", "--grid", "g", "--all"], "for a second command"),
+        (["--check", "--grid", "lbf_mappo"], "without --grid and --all"),
+        (["--check", "--all"], "without --grid and --all"),
         (["--collect", "nowhere"], "--collect needs --grid NAME"),
         (["--collect", "nowhere", "--grid", "../g"], "letters, digits and underscores"),
         (["--collect", "bad", "--grid", "g"], "evaluations.csv has no column episodic_return"),
@@ -826,7 +1001,7 @@ def test_text_is_utf_8_whatever_the_locale(root, tmp_path_factory):
     name = "mappo_dg_\u03bb"
     for seed in (1, 2, 3):
         write_run(root / "output", name, TASK, seed, np.full(21, 0.5), seconds=5)
-    frame = "# \u03bb \u2192 \u00b1\n<!-- report:small-scores begin -->\n<!-- report:small-scores end -->\n"
+    frame = "# \u03bb \u2192 \u00b1\n" + markers("small-scores")
     (root / "README.md").write_text(frame, encoding="utf-8")
     (root / "experiments/grids").mkdir()
     grid = f"# \u03bb\nmethods: [{{name: {name}}}, {{name: mappo_dg}}]\ntasks: [{{env_id: {TASK}}}]\n"
@@ -843,6 +1018,6 @@ def test_text_is_utf_8_whatever_the_locale(root, tmp_path_factory):
         assert content == (other / path).read_bytes() and name.rpartition("_")[2] in content.decode("utf-8")
 
 
-def test_the_repositorys_readme_equals_its_csvs():
-    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n<!-- report:") >= 6
+def test_the_repositorys_pages_equal_its_csvs():
+    assert sum(text.count("\n<!-- report:") for text in report.read_pages(ROOT).values()) >= 40
     assert run(ROOT, check=True) == 0, "run python experiments/report.py"
