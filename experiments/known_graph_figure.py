@@ -18,7 +18,7 @@ def last(data, **where):
 
 
 def table(data):
-    """README's table: precision, recall and AUC at c = 0.9 at the end of the runs, mean over seeds, as Markdown."""
+    """The table of docs/known-graph.md: precision, recall and AUC at c = 0.9 at the runs' end, means over seeds."""
     lines = [
         f"| world, policy | N | true edges | {' | '.join(OBSERVATIONS)} |",
         "| --- " * (3 + len(OBSERVATIONS)) + "|",

@@ -1,6 +1,6 @@
 """Time and memory of an iteration of spread.py by the number of agents, and of multi_agent_gae alone.
 
-    python experiments/spread_scale.py --csv experiments/results/spread_scale.csv     # what README's table shows
+    python experiments/spread_scale.py --csv experiments/results/spread_scale.csv     # what docs/known-graph.md shows
     python experiments/spread_scale.py --num-agents 5 100 --algorithms mappo
 
 Prints one line per algorithm and number of agents: milliseconds of each phase (median over the iterations), the share
