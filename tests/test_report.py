@@ -22,6 +22,7 @@ from scipy.stats import trim_mean  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
+import collecting  # noqa: E402
 import plotting  # noqa: E402
 import report  # noqa: E402
 
@@ -173,7 +174,7 @@ def test_agrees_with_rliable():
 def test_collect_writes_one_row_per_evaluation(root):
     path = root / "experiments" / "results" / "small.csv"
     data = pd.read_csv(path)
-    assert list(data.columns) == [*report.COLUMNS, "return_agent_0", "return_agent_1"]
+    assert list(data.columns) == [*collecting.COLUMNS, "return_agent_0", "return_agent_1"]
     assert len(data) == 11 * 21 + 9
     assert (data.return_agent_0 + data.return_agent_1 - data["return"]).abs().max() < 1e-5
     unfinished = (data.method == "mappo_local") & (data.task == TASK) & (data.seed == 3)
@@ -297,7 +298,7 @@ def test_event_files_are_read_in_the_order_of_their_names(tmp_path):
     }  # the latest is written first
     for first, (name, value) in zip((2, 1, 0), parts.items()):
         write_events(folder / f"events.out.tfevents.{name}", {step: value for step in frames[first + 1 :]})
-    assert report.collect(tmp_path / "output")["edges_per_agent"].tolist()[1:] == [0.25, 0.5, 0.75]
+    assert collecting.collect(tmp_path / "output")["edges_per_agent"].tolist()[1:] == [0.25, 0.5, 0.75]
 
 
 def test_event_files_are_read_as_tensorboard_reads_them(tmp_path):
@@ -307,10 +308,10 @@ def test_event_files_are_read_as_tensorboard_reads_them(tmp_path):
     events = (
         accumulator.EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload().Scalars("graph/edges_per_agent")
     )
-    whole = report.read_scalars(path)["edges_per_agent"]
+    whole = collecting.read_scalars(path)["edges_per_agent"]
     assert whole == {event.step: event.value for event in events} and len(whole) == 30
     path.write_bytes(path.read_bytes()[:-3])  # killed while writing
-    assert report.read_scalars(path)["edges_per_agent"] == {step: whole[step] for step in range(0, 2900, 100)}
+    assert collecting.read_scalars(path)["edges_per_agent"] == {step: whole[step] for step in range(0, 2900, 100)}
 
 
 @pytest.mark.filterwarnings("error")
@@ -345,9 +346,9 @@ def test_of_two_copies_that_got_as_far_the_one_with_more_evaluations_stays(tmp_p
 
 def test_a_run_that_goes_on_to_more_frames_is_not_finished(tmp_path):
     job = write_run(tmp_path / "output", "m", "t", 1, np.full(11, 0.5), seconds=5)
-    assert report.collect(tmp_path / "output")["finished"].eq(1).all()
+    assert collecting.collect(tmp_path / "output")["finished"].eq(1).all()
     edit(job / "finished.json", "500000", "400000")
-    assert report.collect(tmp_path / "output")["finished"].eq(0).all()
+    assert collecting.collect(tmp_path / "output")["finished"].eq(0).all()
 
 
 def test_collecting_none_of_the_grids_runs_is_an_error(tmp_path):
@@ -439,7 +440,7 @@ def test_what_lies_beside_the_runs_is_ignored_and_named(tmp_path, capsys):
     (output / "m" / "notes.txt").touch()
     (job.parent / "seed7").touch()
     (output / ".DS_Store").touch()
-    runs = report.collect(output)
+    runs = collecting.collect(output)
     assert runs["seed"].unique().tolist() == [1] and runs["return"].tolist() == [0, 0.5]
     warning = capsys.readouterr().err
     assert warning.startswith("report.py: not METHOD/TASK/seedN, hence ignored: ") and warning.count("\n") == 1
@@ -465,7 +466,7 @@ def test_runs_may_lie_at_any_depth_and_behind_links(tmp_path):
     job = write_run(tmp_path / "output", "m", "t", 2, [0, 2])
     shutil.move(job / "runs/run", tmp_path / "elsewhere")
     (job / "runs/run").symlink_to(tmp_path / "elsewhere")
-    assert report.collect(tmp_path / "output")["return"].tolist() == [0, 1, 0, 2]
+    assert collecting.collect(tmp_path / "output")["return"].tolist() == [0, 1, 0, 2]
 
 
 def damage_event_file(job):
@@ -507,10 +508,10 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_file_of_a_run_is_named(tmp_path, damage):
     job = write_run(tmp_path / "output", "m", "t", 1, [0, 1, 2, 3], frames=[0, 50_000, 100_000, 150_000], seconds=5)
-    report.collect(tmp_path / "output")
+    collecting.collect(tmp_path / "output")
     path = damage(job)
     with pytest.raises(report.UserError, match=f"^{path} (is damaged: |has no column )"):
-        report.collect(tmp_path / "output")
+        collecting.collect(tmp_path / "output")
 
 
 def test_damage_in_a_grids_csv_is_named(root):
@@ -539,7 +540,7 @@ def test_a_finished_run_without_evaluations_is_named(tmp_path):
     job = write_run(tmp_path / "output", "m", "t", 2, [0, 1], seconds=5)
     (job / EVALUATIONS).unlink()
     with pytest.raises(report.UserError, match=f"^{job} has finished, but holds no evaluations"):
-        report.collect(tmp_path / "output")
+        collecting.collect(tmp_path / "output")
 
 
 def test_a_folder_that_cannot_be_read_is_an_error_and_no_missing_run(tmp_path, monkeypatch):
@@ -555,7 +556,7 @@ def test_a_folder_that_cannot_be_read_is_an_error_and_no_missing_run(tmp_path, m
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError):
-        report.collect(tmp_path / "output")
+        collecting.collect(tmp_path / "output")
 
 
 # TABLES
