@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4,<=2.13.0", "numpy", "gymnasium", "tyro", "tensorboard", "lbforaging>=2.0.0", "tqdm"]
+# dependencies = ["torch>=2.4,<=2.13.0", "numpy", "gymnasium>=1.0", "tyro", "tensorboard", "lbforaging>=2.0.0", "tqdm"]
 # ///
 """MAPPO with counterfactual dependence graphs (beyond arXiv 2601.21523) on Level-Based Foraging.
 
@@ -993,7 +993,7 @@ def pairwise_targets(rewards, pair_values, terminated, alive, graph, gamma, gae_
     -> (T, E, N_i, N_j), 0 in the padding. An episode that ends without `terminated` bootstraps from the value
     after its last step.
     """
-    T, E, N = rewards.shape
+    T, _, N = rewards.shape
     eye = torch.eye(N, dtype=torch.bool, device=graph.device)
     graph = graph | eye
     own_values = pair_values.diagonal(dim1=-2, dim2=-1)  # (T+1, E, N), W[j, j]

@@ -15,6 +15,7 @@ from conftest import BASELINES, DG_SCRIPTS, LBF_SCRIPTS, ROOT
 MAX_DIFF_DG_TO_LOCAL = 350
 MAX_DIFF_LOCAL_TO_GLOBAL = 14
 MAX_DIFF_MAPPO_TO_IPPO = 16
+MAX_REMOVED_DG_TO_CDG = 110
 
 # The SMAClite scripts, each with the LBF script that it follows.
 FOLLOWS = {"mappo_dg_smaclite.py": "mappo_dg_lbf.py"}
@@ -53,6 +54,17 @@ ALLOWED_SMACLITE = {
     "set_random_state": "a game depends on its seed alone",
     "main": "it is the algorithm itself; its steps are compared",
 }
+# mappo_cdg_lbf.py against mappo_dg_lbf.py: what it may write differently, and why.
+CDG, DG = "mappo_cdg_lbf.py", "mappo_dg_lbf.py"
+ALLOWED_CDG = {
+    "Args": "other graphs and advantages; the fields are compared one by one",
+    "check_graph_args": "other options of the graph",
+    "make_env": "the environment that knows who influences whom",
+    "dependence_graph": "other graphs",
+    "graph_statistics": "the simulator's edges in place of the oracle's",
+    "main": "it is the algorithm itself; its steps are compared",
+}
+ALLOWED_OPTIONS_CDG = {"c", "graph", "soft", "encoder", "bf16", "transpose_graph"}
 ALLOWED_OPTIONS_SMACLITE = {"env_id", "total_timesteps", "eval_interval", "eval_greedy", "hidden_dim", "graph"}
 SECTIONS = ["ENVIRONMENT", "NETWORKS", "DEPENDENCE GRAPH", "ADVANTAGES", "ROLLOUT", "PPO UPDATE", "EVALUATION"]
 SECTIONS += ["RUN FOLDER"]
@@ -226,9 +238,9 @@ def test_spread_needs_the_versions_that_the_requirements_say():
 def test_sections(lbf_script):
     """Announced by the same comments, in the same order, in every script."""
     announced = re.findall(r"^# ([A-Z][A-Z -]+)(?:$|:)", source(lbf_script), re.MULTILINE)
-    assert announced == [name for name in SECTIONS if "_dg_" in lbf_script or name != "DEPENDENCE GRAPH"]
+    assert announced == [name for name in SECTIONS if "dg_" in lbf_script or name != "DEPENDENCE GRAPH"]
     steps = re.findall(r"^ +# ([A-Z][A-Z-]+(?: [A-Z]+)*)", source(lbf_script), re.MULTILINE)
-    assert steps == [name for name in STEPS if "_dg_" in lbf_script or name != "DEPENDENCE GRAPH"]
+    assert steps == [name for name in STEPS if "dg_" in lbf_script or name != "DEPENDENCE GRAPH"]
     text = source(lbf_script)
     order = ["class Args", "class UserError", "# ENVIRONMENT", "def main():", 'if __name__ == "__main__":']
     assert [text.index(mark) for mark in order] == sorted(text.index(mark) for mark in order)
@@ -380,3 +392,27 @@ def test_the_form_of_a_smaclite_script(script):
     dependencies = {package(requirement) for requirement in re.findall(r'"([a-z][^"]*)"', header(script))}
     assert set(imports(tree)) - sys.stdlib_module_names - {"wandb"} <= dependencies
     assert max(map(len, source(script).splitlines())) <= 120
+
+
+def test_the_counterfactual_script_follows_the_dg_script():
+    """What they share is identical and in the same order; the one thing that it lacks is the oracle."""
+    mine, other = definitions(CDG), definitions(DG)
+    shared = [name for name in mine if name in other]
+    for name in shared:
+        if name not in ALLOWED_CDG:
+            assert mine[name] == other[name], f"{name} differs between {CDG} and {DG}"
+    assert shared == [name for name in other if name in mine], "not in the same order"
+    assert set(other) - set(mine) == {"player_positions", "oracle_graph"}
+    mine, other = fields(CDG), fields(DG)
+    shared = [name for name in mine if name in other]
+    assert {name for name in shared if mine[name] != other[name]} <= ALLOWED_OPTIONS_CDG
+    assert shared == [name for name in other if name in mine], "not in the same order"
+    assert set(other) - set(mine) == {"oracle_distance"}
+    assert len(removed(DG, CDG)) <= MAX_REMOVED_DG_TO_CDG  # what it adds is the method
+    assert header(CDG) == header(DG)
+
+
+def test_the_form_of_the_counterfactual_script():
+    test_sections(CDG)
+    test_nothing_is_dead(CDG)
+    test_third_party_imports_only(CDG)
