@@ -116,7 +116,7 @@ class Args:
     max_grad_norm: float = 10.0
     """largest norm of the policy's and of the critic's gradient"""
 
-    advantage: Literal["surprise", "pairwise", "blind", "published"] = "surprise"
+    advantage: Literal["difference", "surprise", "pairwise", "blind", "published"] = "difference"
     """how the others' rewards count, see credit()"""
     c: float = 0.9
     """--graph reverse: entropy-ratio threshold of an edge, 0: no edges, 1: most"""
@@ -327,19 +327,25 @@ class CounterfactualForaging(LevelBasedForaging):
 
     def reset(self, seed=None, options=None):
         self.edges = []  # of each step: the pairs (i, j), i != j
+        self.effects = []  # of each step: {(i, j): how much more j is rewarded than if i had done nothing}
         return super().reset(seed=seed, options=options)
 
     def step(self, actions):
         self.edges.append(self.counterfactual_edges(actions))
+        self.effects.append(self.reward_effects(actions))
         return super().step(actions)
 
     def counterfactual_edges(self, actions):
         """The pairs (i, j), i != j, in which i influences j in the step that comes next, with this joint action."""
+        actions = self.possible_actions(actions)
+        return self.collision_edges(actions) + self.load_edges(actions)
+
+    def possible_actions(self, actions):
+        """The joint action with NONE for what is not available, as the package does."""
         possible = []
         for player, action in zip(self.players, actions):
-            # the package does nothing where an action is not available
             possible.append(action if Action(action) in self._valid_actions[player] else Action.NONE.value)
-        return self.collision_edges(possible) + self.load_edges(possible)
+        return possible
 
     def collision_edges(self, actions):
         """The pairs in which it is up to i whether j gets to the cell that it moves to."""
@@ -364,6 +370,33 @@ class CounterfactualForaging(LevelBasedForaging):
     def load_edges(self, actions):
         """The pairs in which i, by loading or not, changes j's reward or (shared_food) whether a food disappears."""
         edges = []
+        for i, rewards, rewards_without in self.loads(actions):
+            if self.shared_food and rewards_without is None:
+                edges += [(i, j) for j in range(self.n_agents) if j != i]
+                continue
+            for j in rewards:
+                before = -self.penalty if rewards_without is None else rewards_without.get(j, 0.0)
+                if j != i and rewards[j] != before:
+                    edges.append((i, j))
+        return edges
+
+    def reward_effects(self, actions):
+        """{(i, j): how much more j is rewarded in the step that comes next than if i did nothing}, i != j."""
+        actions = self.possible_actions(actions)
+        effects = {}
+        for i, rewards, rewards_without in self.loads(actions):
+            if actions[i] == Action.LOAD.value:
+                for j in rewards:
+                    before = -self.penalty if rewards_without is None else rewards_without.get(j, 0.0)
+                    if j != i:
+                        effects[i, j] = rewards[j] - before
+        return effects
+
+    def loads(self, actions):
+        """For every agent i that can, by loading, take part in taking a food: (i, rewards with it, rewards without).
+
+        Rewards are {player: reward} of who loads that food, None where it would stay.
+        """
         for i, player in enumerate(self.players):
             if Action.LOAD not in self._valid_actions[player]:
                 continue
@@ -374,17 +407,8 @@ class CounterfactualForaging(LevelBasedForaging):
                 if j != i and actions[j] == Action.LOAD.value and other in beside:
                     others.append(j)
             rewards = self.load_rewards(food, sorted([*others, i]))
-            if rewards is None:
-                continue  # it stays, with i or without
-            rewards_without = self.load_rewards(food, others)
-            if self.shared_food and rewards_without is None:
-                edges += [(i, j) for j in range(self.n_agents) if j != i]
-                continue
-            for j in others:
-                before = -self.penalty if rewards_without is None else rewards_without[j]
-                if rewards[j] != before:
-                    edges.append((i, j))
-        return edges
+            if rewards is not None:
+                yield i, rewards, self.load_rewards(food, others)
 
     def load_rewards(self, food, loaders):
         """{player: reward} if these players, in ascending order, can load the food together, else None."""
@@ -424,6 +448,18 @@ def simulator_graph(envs):
             for i, j in edges:
                 graph[t, e, i, j] = True
     return graph
+
+
+def simulator_effects(envs):
+    """How much more j was rewarded than if i had done nothing, (T, E, N_i, N_j), 0 for i = j; envs as collect left them."""
+    N = envs[0].n_agents
+    T = max(len(env.effects) for env in envs)
+    effects = torch.zeros((T, len(envs), N, N))
+    for e, env in enumerate(envs):
+        for t, step_effects in enumerate(env.effects):
+            for (i, j), effect in step_effects.items():
+                effects[t, e, i, j] = effect
+    return effects
 
 
 def own_features(env):
@@ -1031,9 +1067,10 @@ def first_to_meet(graph, meeting):
     return torch.where(first == 0, itself, first).long() - 1
 
 
-def credit(args, rollout, values, graph):
+def credit(args, rollout, values, graph, effects):
     """Every agent's advantage (T, E, N), and the critic's targets, shaped as its values.
 
+        difference: GAE^i of what i earns and, by its action, makes others earn: r^i + sum_j effects[i, j]
         surprise:  sum_j (C[i, j] - W[i, j]), C less what j's own state promised: V^j of BlindCritic
         pairwise:  sum_j (C[i, j] - W[i, j])
         blind:     GAE^i + sum_{j != i} (gamma lambda)^(m - t) GAE^j_m, the latter of BlindCritic
@@ -1044,6 +1081,9 @@ def credit(args, rollout, values, graph):
     experience = (rollout.terminated, rollout.alive)
     discounts = (args.gamma, args.gae_lambda)
     rewards = rollout.rewards
+    if args.advantage == "difference":
+        advantages = gae(rewards + effects.sum(-1), values, *experience, *discounts)
+        return advantages, advantages + values[:-1]
     if args.advantage == "surprise":
         pair_values = values[..., :-1, :]
         promised = values[:-1, :, -1]
@@ -1710,6 +1750,7 @@ def main():
 
             # DEPENDENCE GRAPH, by models trained up to the iteration before
             simulator = simulator_graph(envs).to(device)  # (T, E, N_i, N_j)
+            effects = simulator_effects(envs).to(device)  # (T, E, N_i, N_j)
             # one forward pass gives the reverse graph and, below, the losses
             graph_logits = graph_models(rollout.obs, alive) if args.graph == "reverse" else None
             graph, graph_charts = dependence_graph(args, simulator, graph_models, graph_logits, rollout)
@@ -1717,7 +1758,7 @@ def main():
             # ADVANTAGES
             with torch.no_grad():
                 values = critic(rollout.obs)  # (T+1, E, N), pairwise: (T+1, E, N_i, N_j)
-            advantages, value_targets = credit(args, rollout, values, graph)  # (T, E, N), as the values
+            advantages, value_targets = credit(args, rollout, values, graph, effects)  # (T, E, N), as the values
 
             # UPDATE POLICY AND CRITIC, THEN THE GRAPH MODELS
             batch = make_batch(rollout, advantages, value_targets)
