@@ -4,13 +4,13 @@
 # ///
 """MAPPO with counterfactual dependence graphs (beyond arXiv 2601.21523) on Level-Based Foraging.
 
-Every agent learns from the rewards that it has influenced. Agent i influences agent j in a step if another
-action of i would have changed what becomes of j. The advantage of agent i counts agent j's return from the
-first step at which i has reached j, beyond what j's own state promised. An iteration:
+Every agent learns from the rewards that it earns and from those that others earn because of it: what agent j
+earns in a step, less what it would have earned had agent i done nothing. Who makes a difference to whom, and
+how much, is known from the simulator or learned by a forward model. An iteration:
 
     1. collect one whole episode in every environment
-    2. dependence graph: who influences whom at each step, by the simulator or a learned forward model
-    3. advantages: every agent's own, and what others owe to it, with a critic of every pair of agents
+    2. dependence graph: who influences whom at each step, and by how much
+    3. advantages: GAE of every agent's own rewards and of its effects on the others' rewards
     4. update the policy and the critic (PPO), then the graph models
     5. log, evaluate and save, if they are due
 
@@ -116,7 +116,7 @@ class Args:
     max_grad_norm: float = 10.0
     """largest norm of the policy's and of the critic's gradient"""
 
-    advantage: Literal["difference", "surprise", "pairwise", "blind", "published"] = "difference"
+    advantage: Literal["difference", "pairwise", "published"] = "difference"
     """how the others' rewards count, see credit()"""
     c: float = 0.9
     """--graph reverse: entropy-ratio threshold of an edge, 0: no edges, 1: most"""
@@ -136,14 +136,8 @@ class Args:
     """--advantage published: count the share 1 - gae_lambda of all TD errors at once; --no-soft: none"""
     encoder: bool = True
     """--graph reverse: on encoded observations; --no-encoder: on raw ones"""
-    edge_drop: float = 0.0
-    """probability of removing an edge (injected noise)"""
-    edge_add: float = 0.0
-    """probability of adding a missing edge (injected noise)"""
     bf16: bool = False
     """--graph reverse: run its models in bfloat16 (faster with AVX512-BF16, a little less exact)"""
-    transpose_graph: bool = False
-    """exchange influencer and influenced, as the authors' code does"""
 
 
 class UserError(Exception):
@@ -189,8 +183,6 @@ def check_graph_args(args):
     check_range("replay_iterations", args.replay_iterations, 1)
     if args.graph == "learned":
         check_observations(make_env(args.env_id))
-    check_range("edge_drop", args.edge_drop, 0, 1)
-    check_range("edge_add", args.edge_add, 0, 1)
 
 
 # ENVIRONMENT
@@ -451,7 +443,10 @@ def simulator_graph(envs):
 
 
 def simulator_effects(envs):
-    """How much more j was rewarded than if i had done nothing, (T, E, N_i, N_j), 0 for i = j; envs as collect left them."""
+    """How much more j was rewarded than if i had done nothing, (T, E, N_i, N_j), 0 for i = j.
+
+    envs as collect left them.
+    """
     N = envs[0].n_agents
     T = max(len(env.effects) for env in envs)
     effects = torch.zeros((T, len(envs), N, N))
@@ -460,12 +455,6 @@ def simulator_effects(envs):
             for (i, j), effect in step_effects.items():
                 effects[t, e, i, j] = effect
     return effects
-
-
-def own_features(env):
-    """How many of an observation's features are common or one's own: foods, then oneself, then the others."""
-    width = 3 if env._observe_agent_levels else 2
-    return env.observation_space[0].shape[0] - (env.n_agents - 1) * width
 
 
 def check_observations(env):
@@ -511,45 +500,11 @@ class PairCritic(AgentNetwork):
         return super().forward(all_obs)
 
 
-class BlindCritic(AgentNetwork):
-    """Each agent's value from what is its own or common, so of no other player: (..., N, D) -> (..., N)."""
-
-    def __init__(self, own_dim, num_agents, hidden_dim):
-        super().__init__(own_dim, num_agents, hidden_dim, 1)
-        self.own_dim = own_dim  # an observation begins with the foods and oneself
-
-    def forward(self, obs):
-        return super().forward(obs[..., : self.own_dim]).squeeze(-1)
-
-
-class TwoCritics(nn.Module):
-    """One that sees all observations, and in a last row a blind one: (..., N, D) -> (..., N + 1 or 2, N)."""
-
-    def __init__(self, seeing, blind):
-        super().__init__()
-        self.seeing = seeing
-        self.blind = blind
-
-    def forward(self, obs):
-        seeing = self.seeing(obs)  # (..., N_i, N_j) of PairCritic, (..., N) of Critic
-        blind = self.blind(obs).unsqueeze(-2)  # (..., 1, N)
-        if seeing.dim() < blind.dim():
-            seeing = seeing.unsqueeze(-2)
-        return torch.cat([seeing, blind], -2)
-
-
-def make_critic(args, env):
+def make_critic(args, obs_dim, num_agents):
     """The critic that args.advantage needs."""
-    N = env.n_agents
-    D = env.observation_space[0].shape[0]
-    critic = Critic(N * D, N, args.hidden_dim, 1)
-    pair_critic = PairCritic(N * D, N, args.hidden_dim, N)
-    blind_critic = BlindCritic(own_features(env), N, args.hidden_dim)
-    if args.advantage == "surprise":
-        return TwoCritics(pair_critic, blind_critic)
-    if args.advantage == "blind":
-        return TwoCritics(critic, blind_critic)
-    return pair_critic if args.advantage == "pairwise" else critic
+    if args.advantage == "pairwise":
+        return PairCritic(num_agents * obs_dim, num_agents, args.hidden_dim, num_agents)
+    return Critic(num_agents * obs_dim, num_agents, args.hidden_dim, 1)
 
 
 def gradient_step(optimizer, loss, name, max_grad_norm=torch.inf):
@@ -707,6 +662,9 @@ class Outcome(NamedTuple):
     gone: torch.Tensor  # (B, F): a food disappears
 
 
+REWARD_SIZES = (0.0, 0.08, 0.16, 0.25, 0.4)  # the class of a reward: how many of these it exceeds
+
+
 class ForwardModel(nn.Module):
     """What becomes of everybody, from what they see and do; players and foods are entities.
 
@@ -728,7 +686,8 @@ class ForwardModel(nn.Module):
         self.is_gone = nn.Linear(1, width)
         self.own_effort = nn.Linear(width, width)
         self.share = nn.Sequential(nn.ReLU(), nn.Linear(width, width), nn.ReLU())
-        self.reward = nn.Linear(width, 6)
+        self.reward = nn.Linear(width, len(REWARD_SIZES) + 1)
+        self.register_buffer("class_rewards", torch.zeros(len(REWARD_SIZES) + 1))  # the mean reward of each class
         # cells: other players, foods and the edges of the board are in the way
         self.rival = nn.Embedding(49 * num_actions**2, width)
         self.obstacle = nn.Embedding(25 * num_actions, width)
@@ -769,7 +728,7 @@ def outcome(steps):
     foods_after, cells_after, _ = read_observations(steps.next_obs)
     moves = torch.tensor(MOVES[:5], device=cells.device)
     move = ((cells_after - cells).unsqueeze(-2) == moves).all(-1).float().argmax(-1)
-    sizes = torch.tensor([0.0, 0.08, 0.16, 0.25, 0.4], device=cells.device)
+    sizes = torch.tensor(REWARD_SIZES, device=cells.device)
     reward = (steps.rewards.unsqueeze(-1) > sizes).sum(-1)
     still = (foods.cells.unsqueeze(2) == foods_after.cells.unsqueeze(1)).all(-1).any(-1)
     return Outcome(move, reward, foods.there & ~still)
@@ -803,6 +762,26 @@ def forward_graph(model, obs, actions, shared_food, threshold):
     graph = difference > threshold
     graph.diagonal(dim1=-2, dim2=-1).fill_(True)
     return graph
+
+
+@torch.no_grad()
+def forward_effects(model, obs, actions):
+    """How much more j is rewarded, as the model has it, than if i did nothing: (B, N_i, N_j), 0 for i = j.
+
+    obs (B, N, D), actions (B, N).
+    """
+
+    def expected_rewards(actions):
+        return model(obs, actions).reward.softmax(-1) @ model.class_rewards  # (B, N)
+
+    B, N = actions.shape
+    rewards = expected_rewards(actions)
+    effects = torch.zeros((B, N, N), device=obs.device)
+    for i in range(N):
+        without_i = actions.clone()
+        without_i[:, i] = Action.NONE.value
+        effects[:, i] = rewards - expected_rewards(without_i)
+    return effects * other_agents(effects)
 
 
 class Replay:
@@ -839,6 +818,10 @@ def update_forward_model(model, optimizer, replay, num_steps=8, batch_size=128):
     """
     steps = replay.join()
     rewarded = (steps.rewards > 0).any(-1).nonzero().squeeze(-1)
+    sizes = torch.tensor(REWARD_SIZES, device=steps.rewards.device)
+    classes = one_hot((steps.rewards.unsqueeze(-1) > sizes).sum(-1), len(sizes) + 1)  # (B, N, classes)
+    counts = classes.sum((0, 1)).clamp(min=1)
+    model.class_rewards.copy_((classes * steps.rewards.unsqueeze(-1)).sum((0, 1)) / counts)
     history = defaultdict(list)
     for _ in range(num_steps):
         index = torch.randint(len(steps.rewards), (batch_size,))
@@ -868,22 +851,28 @@ def change_edges(graph, drop, add):
     return graph
 
 
-def dependence_graph(args, simulator, graph_models, graph_logits, rollout):
-    """The graph that the options ask for, (T, E, N_i, N_j) bool, and what is to be logged of the reverse one.
+def dependence_graph(args, simulator, effects, graph_models, graph_logits, rollout):
+    """The graph that the options ask for, (T, E, N_i, N_j) bool, what i adds to j's reward, (T, E, N_i, N_j), and what
+    is to be logged of the reverse graph.
 
-    simulator (T, E, N_i, N_j) bool; graph_logits: GraphLogits, for --graph reverse alone.
+    simulator (T, E, N_i, N_j) bool and effects (T, E, N_i, N_j): as the environments know them; graph_logits:
+    GraphLogits, for --graph reverse alone. Where only edges are known, an edge i -> j adds the whole of j's reward, so
+    that the complete graph gives global rewards and identity local ones.
     """
     alive = rollout.alive
     identity = torch.eye(simulator.shape[-1], dtype=torch.bool, device=simulator.device).expand_as(simulator)
     charts = {}
     if args.graph == "simulator":
-        graph = simulator
-    elif args.graph == "learned":
+        return simulator, effects, charts
+    if args.graph == "learned":
         graph = identity.clone()
+        effects = torch.zeros_like(effects)
         obs = rollout.obs[:-1][alive]
         actions = rollout.actions[alive]
         graph[alive] = forward_graph(graph_models, obs, actions, args.shared_food, args.edge_threshold)
-    elif args.graph == "reverse":
+        effects[alive] = forward_effects(graph_models, obs, actions)
+        return graph, effects, charts
+    if args.graph == "reverse":
         graph = identity.clone()
         predictor_logits = graph_logits.action_predictor
         graph[alive], charts = learned_graph(predictor_logits, graph_logits.reverse_model, args.c)
@@ -893,11 +882,7 @@ def dependence_graph(args, simulator, graph_models, graph_logits, rollout):
         graph = torch.ones_like(simulator)
     else:
         graph = identity
-    if args.transpose_graph:
-        graph = graph.transpose(-1, -2)
-    if args.edge_drop or args.edge_add:
-        graph = change_edges(graph, args.edge_drop, args.edge_add)
-    return graph, charts
+    return graph, (graph & other_agents(graph)) * rollout.rewards.unsqueeze(-2), charts
 
 
 def graph_statistics(graph, simulator):
@@ -1015,31 +1000,27 @@ def multi_agent_gae(rewards, values, terminated, alive, graph, gamma, gae_lambda
     return (1 - gae_lambda) * own.sum(-1, keepdim=True) + gae_lambda * hard
 
 
-def pairwise_targets(rewards, pair_values, terminated, alive, graph, gamma, gae_lambda, promised=None):
-    """What j's return from the first meeting of i and j on is worth, the target of W[i, j] (PairCritic).
+def pairwise_targets(rewards, pair_values, terminated, alive, graph, gamma, gae_lambda):
+    """What j earns from the first meeting of i and j on, as a lambda-return: the target of W[i, j] (PairCritic).
 
-        C_t[i, j] = R^j_t - promised^j_t                                  if i influences j at t, i != j
-        C_t[j, j] = R^j_t                                                 agent j's own lambda-return
-        C_t[i, j] = gamma ((1 - lambda) W[k, j](s_t+1) + lambda C_t+1[k, j])                    otherwise
+        C_t[i, j] = R^j_t                                          if i influences j at t, and always if i = j
+        C_t[i, j] = gamma ((1 - lambda) W[k, j](s_t+1) + lambda C_t+1[k, j])                         otherwise
 
-    where k is the agent that i influences at t which meets j first (ties: i itself, then the lowest index). With
-    lambda = 1 this is the sum of gamma^(t' - t) r^j_t' over t' >= m, less gamma^(m - t) promised^j_m; m = m_t[i, j].
+    R^j is agent j's own lambda-return; k is the agent that i influences at t which meets j first (ties: i itself,
+    then the lowest index). With lambda = 1 this is the sum of gamma^(t' - t) r^j_t' over t' >= m_t[i, j].
 
-    Shapes as in gae and meeting_times; pair_values (T+1, E, N, N), promised (T, E, N) or None for 0
-    -> (T, E, N_i, N_j), 0 in the padding. An episode that ends without `terminated` bootstraps from the value
-    after its last step.
+    Shapes as in gae and meeting_times; pair_values (T+1, E, N, N) -> (T, E, N_i, N_j), 0 in the padding. An episode
+    that ends without `terminated` bootstraps from the value after its last step.
     """
     T, _, N = rewards.shape
     eye = torch.eye(N, dtype=torch.bool, device=graph.device)
     graph = graph | eye
     own_values = pair_values.diagonal(dim1=-2, dim2=-1)  # (T+1, E, N), W[j, j]
     own_returns = gae(rewards, own_values, terminated, alive, gamma, gae_lambda) + own_values[:-1]  # R^j
-    excess = own_returns if promised is None else own_returns - promised
-    direct = torch.where(eye, own_returns.unsqueeze(-2), excess.unsqueeze(-2))  # (T, E, N_i, N_j)
-    direct = direct.masked_fill(~(graph & alive[..., None, None]), 0.0)
+    direct = own_returns.unsqueeze(-2).masked_fill(~(graph & alive[..., None, None]), 0.0)  # (T, E, N_i, N_j)
 
     via = first_to_meet(graph, meeting_times(graph, alive))  # (T, E, N_i, N_j), k
-    later = (alive & ~terminated)[..., None, None] & ~graph  # where the third line holds and is not 0
+    later = (alive & ~terminated)[..., None, None] & ~graph  # where the second line holds and is not 0
     last_step = torch.cat([~alive[1:], torch.ones_like(alive[:1])])[..., None, None]
     next_values = pair_values[1:].gather(-2, via)  # W[k, j](s_t+1)
     bootstrapped = gamma * torch.where(last_step, 1.0, 1 - gae_lambda) * next_values
@@ -1070,39 +1051,24 @@ def first_to_meet(graph, meeting):
 def credit(args, rollout, values, graph, effects):
     """Every agent's advantage (T, E, N), and the critic's targets, shaped as its values.
 
-        difference: GAE^i of what i earns and, by its action, makes others earn: r^i + sum_j effects[i, j]
-        surprise:  sum_j (C[i, j] - W[i, j]), C less what j's own state promised: V^j of BlindCritic
-        pairwise:  sum_j (C[i, j] - W[i, j])
-        blind:     GAE^i + sum_{j != i} (gamma lambda)^(m - t) GAE^j_m, the latter of BlindCritic
-        published: multi_agent_gae
+        difference: GAE^i of what i earns and adds to the others' rewards, r^i + sum_j effects[i, j]
+        pairwise:   sum_j (C[i, j] - W[i, j]), see pairwise_targets
+        published:  multi_agent_gae
 
-    values (T+1, E, N) of Critic, (T+1, E, N, N) of PairCritic, (T+1, E, N + 1 or 2, N) of TwoCritics.
+    values (T+1, E, N) of Critic, pairwise (T+1, E, N, N) of PairCritic; graph and effects (T, E, N, N).
     """
-    experience = (rollout.terminated, rollout.alive)
+    experience = (values, rollout.terminated, rollout.alive)
     discounts = (args.gamma, args.gae_lambda)
     rewards = rollout.rewards
     if args.advantage == "difference":
-        advantages = gae(rewards + effects.sum(-1), values, *experience, *discounts)
+        advantages = gae(rewards + effects.sum(-1), *experience, *discounts)
         return advantages, advantages + values[:-1]
-    if args.advantage == "surprise":
-        pair_values = values[..., :-1, :]
-        promised = values[:-1, :, -1]
-        targets = pairwise_targets(rewards, pair_values, *experience, graph, *discounts, promised)
-        own_returns = targets.diagonal(dim1=-2, dim2=-1)
-        advantages = (targets - pair_values[:-1]).sum(-1)
-        return advantages, torch.cat([targets, own_returns.unsqueeze(-2)], -2)
     if args.advantage == "pairwise":
-        targets = pairwise_targets(rewards, values, *experience, graph, *discounts)
+        targets = pairwise_targets(rewards, *experience, graph, *discounts)
         return (targets - values[:-1]).sum(-1), targets
-    if args.advantage == "blind":
-        seeing = gae(rewards, values[..., 0, :], *experience, *discounts)
-        blind = gae(rewards, values[..., 1, :], *experience, *discounts)
-        reached = multi_agent_gae(rewards, values[..., 1, :], *experience, graph, *discounts, soft=False)
-        # i meets itself at once: exchange its blind advantage for the seeing one
-        return reached - blind + seeing, torch.stack([seeing, blind], -2) + values[:-1]
     # a value is that of the agent's own return: its target ignores the graph
-    value_targets = gae(rewards, values, *experience, *discounts) + values[:-1]
-    advantages = multi_agent_gae(rewards, values, *experience, graph, *discounts, args.soft)
+    value_targets = gae(rewards, *experience, *discounts) + values[:-1]
+    advantages = multi_agent_gae(rewards, *experience, graph, *discounts, args.soft)
     return advantages, value_targets
 
 
@@ -1684,7 +1650,7 @@ def main():
     actor = AgentNetwork(D, N, args.hidden_dim, A).to(device)
     for env in envs:
         env.shared_food = args.shared_food
-    critic = make_critic(args, envs[0]).to(device)
+    critic = make_critic(args, D, N).to(device)
     if args.graph == "learned":
         graph_models = ForwardModel(A).to(device)
     else:
@@ -1753,7 +1719,9 @@ def main():
             effects = simulator_effects(envs).to(device)  # (T, E, N_i, N_j)
             # one forward pass gives the reverse graph and, below, the losses
             graph_logits = graph_models(rollout.obs, alive) if args.graph == "reverse" else None
-            graph, graph_charts = dependence_graph(args, simulator, graph_models, graph_logits, rollout)
+            graph, effects, graph_charts = dependence_graph(
+                args, simulator, effects, graph_models, graph_logits, rollout
+            )
 
             # ADVANTAGES
             with torch.no_grad():
