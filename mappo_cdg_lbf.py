@@ -37,7 +37,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections import defaultdict, deque
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -127,9 +127,9 @@ class Args:
     shared_food: bool = False
     """who decides whether a food disappears influences everybody; --no-shared-food: whom it rewards"""
     edge_threshold: float = 0.3
-    """--graph learned: probability from which on another action makes a difference"""
-    replay_iterations: int = 200
-    """--graph learned: iterations from which the forward model learns"""
+    """--graph learned: difference, of probabilities, that another action of i must make to j"""
+    replay_size: int = 100_000
+    """--graph learned: latest steps from which the forward model learns"""
     forward_learning_rate: float = 3e-3
     """--graph learned: learning rate of the forward model"""
     soft: bool = True
@@ -180,7 +180,7 @@ def check_graph_args(args):
     check_range("c", args.c, 0, 1)
     check_range("graph_p", args.graph_p, 0, 1)
     check_range("edge_threshold", args.edge_threshold, 0, 1)
-    check_range("replay_iterations", args.replay_iterations, 1)
+    check_range("replay_size", args.replay_size, 1)
     if args.graph == "learned":
         check_observations(make_env(args.env_id))
 
@@ -442,7 +442,7 @@ def simulator_graph(envs):
     return graph
 
 
-def simulator_effects(envs):
+def known_effects(envs):
     """How much more j was rewarded than if i had done nothing, (T, E, N_i, N_j), 0 for i = j.
 
     envs as collect left them.
@@ -785,30 +785,49 @@ def forward_effects(model, obs, actions):
 
 
 class Replay:
-    """The steps of the last iterations; observations of LBF are small whole numbers."""
+    """The last steps that took place, for the forward model; observations of LBF are small whole numbers."""
 
-    def __init__(self, iterations):
-        self.iterations = deque(maxlen=iterations)
+    def __init__(self, size, num_agents, obs_dim):
+        self.obs = torch.zeros((size, num_agents, obs_dim), dtype=torch.int8)
+        self.next_obs = torch.zeros_like(self.obs)
+        self.actions = torch.zeros((size, num_agents), dtype=torch.int8)
+        self.rewards = torch.zeros((size, num_agents))
+        self.added = 0  # steps since the beginning; those that are kept lie in a ring
+
+    def __len__(self):
+        return min(self.added, len(self.rewards))
 
     def add(self, rollout):
-        """Append the steps of a Rollout that took place."""
+        """Add the steps of a Rollout that took place."""
         alive = rollout.alive
-        obs = rollout.obs.to(torch.int8)
-        actions = rollout.actions.to(torch.int8)
-        self.iterations.append(Steps(obs[:-1][alive], obs[1:][alive], actions[alive], rollout.rewards[alive]))
+        size = len(self.rewards)
+        obs = rollout.obs[:-1][alive][-size:]
+        place = torch.arange(self.added, self.added + len(obs)) % size
+        self.obs[place] = obs.cpu().to(torch.int8)
+        self.next_obs[place] = rollout.obs[1:][alive][-size:].cpu().to(torch.int8)
+        self.actions[place] = rollout.actions[alive][-size:].cpu().to(torch.int8)
+        self.rewards[place] = rollout.rewards[alive][-size:].cpu()
+        self.added += len(obs)
 
-    def join(self):
-        """All steps as one Steps."""
-        obs, next_obs, actions, rewards = (torch.cat(parts) for parts in zip(*self.iterations))
-        return Steps(obs, next_obs, actions, rewards)
+    def take(self, index, device):
+        """These steps as Steps."""
+        return Steps(
+            obs=self.obs[index].float().to(device),
+            next_obs=self.next_obs[index].float().to(device),
+            actions=self.actions[index].long().to(device),
+            rewards=self.rewards[index].to(device),
+        )
 
     def state_dict(self):
         """For a checkpoint."""
-        return {"iterations": [tuple(steps) for steps in self.iterations]}
+        kept = {name: getattr(self, name)[: len(self)].clone() for name in Steps._fields}
+        return kept | {"added": self.added}
 
     def load_state_dict(self, state):
         """Back to what state_dict has returned."""
-        self.iterations.extend(Steps(*steps) for steps in state["iterations"])
+        self.added = state["added"]
+        for name in Steps._fields:
+            getattr(self, name)[: len(self)] = state[name]
 
 
 def update_forward_model(model, optimizer, replay, num_steps=8, batch_size=128):
@@ -816,22 +835,22 @@ def update_forward_model(model, optimizer, replay, num_steps=8, batch_size=128):
 
     Rewards are rare: a batch of what comes would hardly show the model any.
     """
-    steps = replay.join()
-    rewarded = (steps.rewards > 0).any(-1).nonzero().squeeze(-1)
-    sizes = torch.tensor(REWARD_SIZES, device=steps.rewards.device)
-    classes = one_hot((steps.rewards.unsqueeze(-1) > sizes).sum(-1), len(sizes) + 1)  # (B, N, classes)
-    counts = classes.sum((0, 1)).clamp(min=1)
-    model.class_rewards.copy_((classes * steps.rewards.unsqueeze(-1)).sum((0, 1)) / counts)
+    device = model.class_rewards.device
+    rewarded = (replay.rewards > 0).any(-1).nonzero().squeeze(-1)
+    if len(rewarded):
+        steps = replay.take(rewarded, device)
+        classes = one_hot(outcome(steps).reward, len(model.class_rewards))  # (B, N, classes)
+        sums = (classes * steps.rewards.unsqueeze(-1)).sum((0, 1))
+        model.class_rewards.copy_(sums / classes.sum((0, 1)).clamp(min=1))
     history = defaultdict(list)
     for _ in range(num_steps):
-        index = torch.randint(len(steps.rewards), (batch_size,))
+        index = torch.randint(len(replay), (batch_size,))
         if len(rewarded):
-            index[: batch_size // 2] = rewarded[torch.randint(len(rewarded), (batch_size // 2,))].cpu()
-        obs, next_obs, actions, rewards = (x[index.to(x.device)] for x in steps)
-        batch = Steps(obs.float(), next_obs.float(), actions.long(), rewards)
-        actual = outcome(batch)
-        predicted = model(batch.obs, batch.actions)
-        foods, _, _ = read_observations(batch.obs)
+            index[: batch_size // 2] = rewarded[torch.randint(len(rewarded), (batch_size // 2,))]
+        steps = replay.take(index, device)
+        actual = outcome(steps)
+        predicted = model(steps.obs, steps.actions)
+        foods, _, _ = read_observations(steps.obs)
         move_loss = cross_entropy(predicted.move, actual.move)
         reward_loss = cross_entropy(predicted.reward, actual.reward)
         gone = actual.gone[foods.there].float()
@@ -851,26 +870,29 @@ def change_edges(graph, drop, add):
     return graph
 
 
-def dependence_graph(args, simulator, effects, graph_models, graph_logits, rollout):
+def dependence_graph(args, simulator, simulator_effects, graph_models, graph_logits, rollout):
     """The graph that the options ask for, (T, E, N_i, N_j) bool, what i adds to j's reward, (T, E, N_i, N_j), and what
     is to be logged of the reverse graph.
 
-    simulator (T, E, N_i, N_j) bool and effects (T, E, N_i, N_j): as the environments know them; graph_logits:
-    GraphLogits, for --graph reverse alone. Where only edges are known, an edge i -> j adds the whole of j's reward, so
+    simulator and simulator_effects (T, E, N_i, N_j): as the environments know them; graph_logits: GraphLogits,
+    for --graph reverse alone. Where only edges are known, an edge i -> j adds the whole of j's reward, so
     that the complete graph gives global rewards and identity local ones.
     """
     alive = rollout.alive
     identity = torch.eye(simulator.shape[-1], dtype=torch.bool, device=simulator.device).expand_as(simulator)
     charts = {}
     if args.graph == "simulator":
-        return simulator, effects, charts
+        return simulator, simulator_effects, charts
     if args.graph == "learned":
         graph = identity.clone()
-        effects = torch.zeros_like(effects)
+        effects = torch.zeros_like(simulator_effects)
         obs = rollout.obs[:-1][alive]
         actions = rollout.actions[alive]
-        graph[alive] = forward_graph(graph_models, obs, actions, args.shared_food, args.edge_threshold)
         effects[alive] = forward_effects(graph_models, obs, actions)
+        if args.advantage == "difference":
+            graph = graph | (effects.abs() > 0.01)  # for the charts alone; all other actions would cost far more
+        else:
+            graph[alive] = forward_graph(graph_models, obs, actions, args.shared_food, args.edge_threshold)
         return graph, effects, charts
     if args.graph == "reverse":
         graph = identity.clone()
@@ -883,6 +905,12 @@ def dependence_graph(args, simulator, effects, graph_models, graph_logits, rollo
     else:
         graph = identity
     return graph, (graph & other_agents(graph)) * rollout.rewards.unsqueeze(-2), charts
+
+
+def effects_error(effects, simulator_effects):
+    """Sum of the errors relative to the sum of the simulator's effects: 0 if exact, 1 if they are ignored."""
+    error = (effects - simulator_effects).abs().sum()
+    return error / simulator_effects.abs().sum().clamp(min=0.01)  # of rewards that sum to 1 per episode
 
 
 def graph_statistics(graph, simulator):
@@ -1655,7 +1683,7 @@ def main():
         graph_models = ForwardModel(A).to(device)
     else:
         graph_models = GraphModels(D, A, args.encoder, args.bf16).to(device)
-    replay = Replay(args.replay_iterations)
+    replay = Replay(args.replay_size if args.graph == "learned" else 1, N, D)
     adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
     actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
@@ -1716,11 +1744,11 @@ def main():
 
             # DEPENDENCE GRAPH, by models trained up to the iteration before
             simulator = simulator_graph(envs).to(device)  # (T, E, N_i, N_j)
-            effects = simulator_effects(envs).to(device)  # (T, E, N_i, N_j)
+            simulator_effects = known_effects(envs).to(device)  # (T, E, N_i, N_j)
             # one forward pass gives the reverse graph and, below, the losses
             graph_logits = graph_models(rollout.obs, alive) if args.graph == "reverse" else None
             graph, effects, graph_charts = dependence_graph(
-                args, simulator, effects, graph_models, graph_logits, rollout
+                args, simulator, simulator_effects, graph_models, graph_logits, rollout
             )
 
             # ADVANTAGES
@@ -1745,6 +1773,7 @@ def main():
             charts["learning_rate"] = args.learning_rate
             charts["SPS"] = (global_step - start_step) / max(time.time() - start_time, 1e-9)
             graph_charts |= graph_statistics(graph[alive], simulator[alive])
+            graph_charts["effects_error"] = effects_error(effects, simulator_effects)
             log_scalars(writer, global_step, {"charts": charts, "losses": losses, "graph": graph_charts})
 
             # EVALUATE

@@ -15,7 +15,7 @@ from conftest import BASELINES, DG_SCRIPTS, LBF_SCRIPTS, ROOT
 MAX_DIFF_DG_TO_LOCAL = 350
 MAX_DIFF_LOCAL_TO_GLOBAL = 14
 MAX_DIFF_MAPPO_TO_IPPO = 16
-MAX_REMOVED_DG_TO_CDG = 110
+MAX_REMOVED_DG_TO_CDG = 130
 
 # The SMAClite scripts, each with the LBF script that it follows.
 FOLLOWS = {"mappo_dg_smaclite.py": "mappo_dg_lbf.py"}
@@ -407,7 +407,7 @@ def test_the_counterfactual_script_follows_the_dg_script():
     shared = [name for name in mine if name in other]
     assert {name for name in shared if mine[name] != other[name]} <= ALLOWED_OPTIONS_CDG
     assert shared == [name for name in other if name in mine], "not in the same order"
-    assert set(other) - set(mine) == {"oracle_distance"}
+    assert set(other) - set(mine) == {"oracle_distance", "edge_drop", "edge_add", "transpose_graph"}
     assert len(removed(DG, CDG)) <= MAX_REMOVED_DG_TO_CDG  # what it adds is the method
     assert header(CDG) == header(DG)
 
