@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import LBF_SCRIPTS, ROOT
+from conftest import ROOT
 
-SMACLITE_SCRIPTS = ["mappo_dg_smaclite.py", "baselines/mappo_local_smaclite.py", "baselines/mappo_global_smaclite.py"]
+SCRIPTS = [str(path.relative_to(ROOT)) for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")])]
+SMACLITE_SCRIPTS = [script for script in SCRIPTS if "smaclite" in script]
+LBF_SCRIPTS = [script for script in SCRIPTS if script not in SMACLITE_SCRIPTS]
 SMACLITE = ["smaclite", "rtree", "sklearn", "pygame"]
 # The tools with what brings them to every import; OUT is a folder that may be written to.
 TOOLS = {
@@ -46,10 +48,14 @@ sys.meta_path[:] = map(Hiding, sys.meta_path)
 """
 
 
+def text(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
 @functools.cache
 def packages(path):
     """The packages that a tool imports, itself, by way of what is no tool or of a script; those of an option, too."""
-    tree, found = ast.parse((ROOT / path).read_text(encoding="utf-8")), set()
+    tree, found = ast.parse(text(path)), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
@@ -74,8 +80,8 @@ def program(path, *options, without, folder):
 
 def commands_packages(command):
     """The distributions that an install command names, in its requirements files or itself."""
-    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in re.findall(r"-r (\S+)", command))
-    lines = [line.partition("#")[0] for line in text.splitlines()]
+    files = "\n".join(text(name) for name in re.findall(r"-r (\S+)", command))
+    lines = [line.partition("#")[0] for line in files.splitlines()]
     return {word.lower() for line in [*lines, command] for word in re.findall(r"[A-Za-z][\w-]*", line)}
 
 
@@ -116,13 +122,21 @@ def test_a_smaclite_script_says_how_to_install_what_is_missing(script, package, 
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("script", [LBF_SCRIPTS[0], SMACLITE_SCRIPTS[0]])  # the others have the same start_wandb
+@pytest.mark.parametrize("script", ["mappo_dg_lbf.py", "mappo_dg_smaclite.py"])  # all have the same start_wandb
 def test_track_says_how_to_install_wandb(script, tmp_path):
     if script in SMACLITE_SCRIPTS:
         pytest.importorskip("smaclite", reason="without SMAClite nothing else is missed")
     done = program(script, "--track", without="wandb", folder=tmp_path)
     assert_one_sentence(done, script, "wandb")
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_for_smaclite_is_the_same_wherever_it_stands():
+    (command,) = re.findall(r"^#\s+(pip install .*)$", text("requirements-smaclite.txt"), re.MULTILINE)
+    assert command.startswith("pip install --no-deps -r requirements-smaclite.txt && ")
+    for script in SMACLITE_SCRIPTS + ["experiments/errors.py"]:
+        strings = [node.value for node in ast.walk(ast.parse(text(script))) if isinstance(node, ast.Constant)]
+        assert [string for string in strings if isinstance(string, str) and string.endswith(command)], script
 
 
 def test_every_tool_is_tried():

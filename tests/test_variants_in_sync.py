@@ -230,9 +230,13 @@ def test_a_smaclite_script_needs_the_versions_that_the_requirements_say(script):
     assert f'override-dependencies = ["{smaclite["rtree"]}"]' in header(script)
 
 
-def test_spread_needs_the_versions_that_the_requirements_say():
-    """So does experiments/spread.py, which needs no package of an environment."""
-    assert dependencies("experiments/spread.py").items() <= requirements("requirements.txt").items()
+def test_whatever_else_has_a_header_needs_the_versions_that_requirements_txt_says():
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py"), *ROOT.glob("experiments/*.py")]
+    others = {str(path.relative_to(ROOT)) for path in paths if path.read_text(encoding="utf-8").startswith("# ///")}
+    others -= {*LBF_SCRIPTS, *FOLLOWS}
+    assert "experiments/spread.py" in others
+    for other in others:
+        assert dependencies(other).items() <= requirements("requirements.txt").items(), other
 
 
 def test_sections(lbf_script):
