@@ -15,7 +15,8 @@ from test_smaclite_fake import SETTINGS, play
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 METRICS = ROOT / "docs" / "metrics.md"
-SCRIPTS = LBF_SCRIPTS + SMACLITE_SCRIPTS
+CDG = "mappo_cdg_lbf.py"
+SCRIPTS = LBF_SCRIPTS + SMACLITE_SCRIPTS + [CDG]
 DG = [script for script in SCRIPTS if "_dg_" in script]
 SHORT_RUN = ["--env-id", "Foraging-5x5-3p-2f-v3", "--no-winner-take-all", "--num-envs", 2, "--total-timesteps", 100]
 SHORT_RUN += ["--eval-episodes", 2, "--hidden-dim", 8]
@@ -133,9 +134,10 @@ def written(script, name, value):
 def test_every_option_is_documented_with_its_default_and_no_other():
     scripts = {
         "All scripts": SCRIPTS,
-        "LBF scripts only": LBF_SCRIPTS,
+        "LBF scripts only": [*LBF_SCRIPTS, CDG],
         "SMAClite scripts only": SMACLITE_SCRIPTS,
         "DG scripts only": DG,
+        f"`{CDG}` only": [CDG],
     }
     documented = documented_options()
     assert list(documented) == list(scripts)
@@ -180,11 +182,13 @@ def numberless(name):
 
 def documented_metrics(script):
     """The metrics of a script, by the page."""
-    learned, lbf, smaclite = script in DG, script in LBF_SCRIPTS, script in SMACLITE_SCRIPTS
+    learned, lbf, smaclite = script in DG, script not in SMACLITE_SCRIPTS, script in SMACLITE_SCRIPTS
     found = []
     for name, _, meaning in (row for row in rows(text_of(METRICS)) if len(row) == 3):
         absent = "(learned graph)" in meaning and not learned
-        absent |= name.startswith("`graph/") and not learned
+        own = "(CDG)" in meaning or name == "`graph/edges_per_agent`"
+        absent |= name.startswith("`graph/") and not (learned and "(CDG" not in meaning or script == CDG and own)
+        absent |= "(CDG, `--graph learned`)" in meaning  # of another graph than the default one
         absent |= "(LBF)" in meaning and not lbf
         absent |= "(SMAClite)" in meaning and not smaclite
         if "/" in name and not absent:
@@ -272,7 +276,7 @@ def test_lengths_and_diffs_are_about_what_readme_says():
         length = len((ROOT / script[1]).read_text(encoding="utf-8").splitlines())
         assert abs(length - about) <= 60, f"{script[1]} has {length} lines"
     diffs = [row for row in rows(text_of(README)) if row[0].startswith("`diff ")]
-    assert len(diffs) == 3
+    assert len(diffs) == 4
     for command, _, about in diffs:
         done = subprocess.run(command.strip("`").split(), cwd=ROOT, capture_output=True, text=True)
         changed = len(re.findall("^[<>]", done.stdout, re.MULTILINE))
