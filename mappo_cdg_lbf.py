@@ -118,6 +118,8 @@ class Args:
 
     advantage: Literal["difference", "pairwise", "published"] = "difference"
     """how the others' rewards count, see credit()"""
+    negative_effects: bool = True
+    """--advantage difference: blame for what i's action takes from others, too; --no-...: credit for help alone"""
     c: float = 0.9
     """--graph reverse: entropy-ratio threshold of an edge, 0: no edges, 1: most"""
     graph: Literal["simulator", "learned", "reverse", "random", "complete", "identity"] = "simulator"
@@ -1089,6 +1091,8 @@ def credit(args, rollout, values, graph, effects):
     discounts = (args.gamma, args.gae_lambda)
     rewards = rollout.rewards
     if args.advantage == "difference":
+        if not args.negative_effects:
+            effects = effects.clamp(min=0)
         advantages = gae(rewards + effects.sum(-1), *experience, *discounts)
         return advantages, advantages + values[:-1]
     if args.advantage == "pairwise":
