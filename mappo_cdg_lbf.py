@@ -305,6 +305,8 @@ class LevelBasedForaging(FastForaging):
             player.position = position
 
 
+ACTIONS = tuple(Action)  # looking one up here is much faster than Action(1)
+LOAD = Action.LOAD.value
 # rows and columns that an action asks for: none, north, south, west, east, load
 MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))
 
@@ -338,7 +340,7 @@ class CounterfactualForaging(LevelBasedForaging):
         """The joint action with NONE for what is not available, as the package does."""
         possible = []
         for player, action in zip(self.players, actions):
-            possible.append(action if Action(action) in self._valid_actions[player] else Action.NONE.value)
+            possible.append(action if ACTIONS[action] in self._valid_actions[player] else 0)
         return possible
 
     def collision_edges(self, actions):
@@ -364,6 +366,8 @@ class CounterfactualForaging(LevelBasedForaging):
     def load_edges(self, actions):
         """The pairs in which i, by loading or not, changes j's reward or (shared_food) whether a food disappears."""
         edges = []
+        if LOAD not in actions and not self.shared_food:
+            return edges  # nobody has a reward that another could change
         for i, rewards, rewards_without in self.loads(actions):
             if self.shared_food and rewards_without is None:
                 edges += [(i, j) for j in range(self.n_agents) if j != i]
@@ -378,8 +382,10 @@ class CounterfactualForaging(LevelBasedForaging):
         """{(i, j): how much more j is rewarded in the step that comes next than if i did nothing}, i != j."""
         actions = self.possible_actions(actions)
         effects = {}
+        if actions.count(LOAD) < 2:
+            return effects
         for i, rewards, rewards_without in self.loads(actions):
-            if actions[i] == Action.LOAD.value:
+            if actions[i] == LOAD:
                 for j in rewards:
                     before = -self.penalty if rewards_without is None else rewards_without.get(j, 0.0)
                     if j != i:
@@ -398,7 +404,7 @@ class CounterfactualForaging(LevelBasedForaging):
             beside = self.adjacent_players(*food)
             others = []  # who loads this food besides i
             for j, other in enumerate(self.players):
-                if j != i and actions[j] == Action.LOAD.value and other in beside:
+                if j != i and actions[j] == LOAD and other in beside:
                     others.append(j)
             rewards = self.load_rewards(food, sorted([*others, i]))
             if rewards is not None:

@@ -42,6 +42,7 @@ with one_sentence():
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DG, LOCAL = "mappo_dg_lbf.py", "baselines/mappo_local_lbf.py"
+CDG = "mappo_cdg_lbf.py"
 TARGETS = {LOCAL: 1.1, DG: 0.55}  # frames per step of the stock environment in the same time
 TASK, DEFAULT_TASK = "Foraging-15x15-3p-4f-v3", "Foraging-8x8-2p-4f-coop-v3"
 TASKS = [TASK, "Foraging-15x15-4p-3f-v3", "Foraging-10x10-3p-3f-v3"]
@@ -194,7 +195,11 @@ def play(env, actions):
 
 def players(task, make_env, steps):
     """The stock environment and ours, each as a function that plays on: the same boards, the same random actions."""
-    envs = gym.make(task, disable_env_checker=True).unwrapped, make_env(task)
+    return same_games([gym.make(task, disable_env_checker=True).unwrapped, make_env(task)], steps)
+
+
+def same_games(envs, steps):
+    """For each environment a function that plays on: the same boards, the same random actions."""
     actions = torch.randint(6, (steps, envs[0].n_agents), generator=torch.Generator().manual_seed(1)).tolist()
     for env in envs:
         env.seed(1)
@@ -395,6 +400,26 @@ def main(args):
         rows.append([*row, f"{difference:.0e}", reached(difference, 1e-4, low_is_good=True)])
     header = ["(T, E, N)", "double loop, ms", "multi_agent_gae, ms", *ratio, "largest difference", "<= 1e-4"]
     table("multi_agent_gae against its definition", header, rows)
+
+    rows = []
+    cdg = load(CDG)
+    for task in TASKS:
+        pairs = in_turns(*same_games([dg.make_env(task), cdg.make_env(task)], steps), repeats=min(repeats, 5))
+        rows.append(comparison(task, pairs, 0.71))  # a graph for 40 % of a step
+    table("Environment steps/s without and with the counterfactual graph", ["task", "without", "with", *ratio], rows)
+
+    rows = []
+    for T, E, N in ((50, 10, 3), (150, 10, 10)):
+        rewards, _, *rest = episodes(T, E, N)
+        pair_data = rewards, torch.randn(T + 1, E, N, N), *rest
+        measured = (
+            partial(calls, dg.multi_agent_gae, episodes(T, E, N)),
+            partial(calls, cdg.pairwise_targets, pair_data),
+        )
+        pairs = in_turns(*measured, repeats=min(repeats, 5))
+        rows.append(comparison((T, E, N), pairs, 0.33, text=lambda speed: f"{1000 / speed:.2f}"))
+    header = ["(T, E, N)", "multi_agent_gae, ms", "pairwise_targets, ms", *ratio]
+    table("pairwise_targets against multi_agent_gae", header, rows)
 
     rows = []
     for script, task in itertools.product((DG, LOCAL), (DEFAULT_TASK, TASK)):

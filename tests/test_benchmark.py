@@ -13,7 +13,9 @@ NUMBER = r"-?[\d,]+(\.\d+)?"
 RATIO = rf"{NUMBER} \| {NUMBER} \| {NUMBER} \| {NUMBER}\.\.{NUMBER}"  # reference, ours, ratio, its range
 VERDICT = r">= [\d.]+ \| (yes|NO) \([+-]\d+ %\)"
 TABLES = {  # title -> what each of its rows looks like, and how many there are
-    "Environment steps/s": (rf"{LBF} \| {RATIO} \| ({VERDICT}| \| )", 6),
+    "Environment steps/s without and with": (rf"{LBF} \| {RATIO} \| {VERDICT}", 6),
+    "pairwise_targets": (rf"\(\d+, 10, \d+\) \| {RATIO} \| {VERDICT}", 2),
+    "Environment steps/s (": (rf"{LBF} \| {RATIO} \| ({VERDICT}| \| )", 6),
     "Training frames/s": (rf"\S+_lbf\.py \| {RATIO} \| {VERDICT}", 2),
     "multi_agent_gae": (rf"\(\d+, 10, \d+\) \| {RATIO} \| {VERDICT} \| \de-\d\d \| yes \(-\d+ %\)", 2),
     "Phases of an iteration": (rf"\S+_lbf\.py \| {LBF}( \| \d+\.\d){{7}}", 4),

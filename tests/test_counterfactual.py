@@ -239,9 +239,20 @@ def test_pairwise_targets_at_the_sizes_of_training(T, N):
 
 
 def advantages(
-    advantage, rewards, values, terminated, alive, graph, soft=True, gamma=0.99, gae_lambda=0.95, effects=None
+    advantage,
+    rewards,
+    values,
+    terminated,
+    alive,
+    graph,
+    soft=True,
+    gamma=0.99,
+    gae_lambda=0.95,
+    effects=None,
+    negative_effects=True,
 ):
     args = SimpleNamespace(advantage=advantage, gamma=gamma, gae_lambda=gae_lambda, soft=soft)
+    args.negative_effects = negative_effects
     rollout = SimpleNamespace(rewards=rewards, terminated=terminated, alive=alive)
     return cdg.credit(args, rollout, values, graph, effects)
 
@@ -331,6 +342,15 @@ def test_the_difference_is_the_gae_of_what_one_earns_and_adds_to_the_others_rewa
     expected = loop_gae(rewards + effects.sum(-1), values, terminated, alive, 0.99, 0.95)
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(targets.double(), expected + values[:-1], rtol=1e-4, atol=1e-4)
+
+
+def test_without_negative_effects_help_counts_and_taking_does_not():
+    rewards, values, terminated, alive, graph = episodes(5, 30, 4, 3)
+    effects = torch.randn((30, 4, 3, 3)) * alive[..., None, None]
+    data = rewards, values, terminated, alive, graph
+    result, _ = advantages("difference", *data, effects=effects, negative_effects=False)
+    expected, _ = advantages("difference", *data, effects=effects.clamp(min=0))
+    assert torch.equal(result, expected)
 
 
 def options_of(graph, **changes):
