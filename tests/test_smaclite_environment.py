@@ -23,6 +23,7 @@ from smaclite.env.maps.map import MapPreset
 from smaclite.env.rvo2 import rvo2
 from smaclite.env.rvo2.neighbour_finder import NeighbourFinder
 from smaclite.env.units.combat_type import CombatType
+from smaclite.env.units.unit import Unit
 
 script = load("mappo_dg_smaclite.py")
 MultiAgentSMAClite, PairwiseNeighbourFinder = script.MultiAgentSMAClite, script.PairwiseNeighbourFinder
@@ -331,6 +332,104 @@ def test_enemy_at_exactly_the_sight_range():
     with pytest.raises(AssertionError):
         stock.get_obs()
     assert not ours.get_obs()[0, 4 : 4 + ours.enemy_feat_size].any()
+
+
+# Velocities and distances
+
+
+def crowd(name: str, seed: int) -> list:
+    """The units of a map somewhere in a square, most of them in each other's way, at random velocities and wishes."""
+    env = make_stock(name)
+    env.reset(seed=0)
+    rng = np.random.default_rng(seed)
+    for unit in env.all_units.values():
+        unit.pos[:] = rng.uniform(12, 12 + rng.choice([3, 6, 12]), 2)
+        single = rng.random() < 0.2
+        unit.velocity, wish = (
+            (rng.normal(size=2) * unit.max_velocity).astype(np.float32 if single else np.float64) for _ in range(2)
+        )
+        unit.pref_velocity = wish if rng.random() < 0.8 else np.zeros(2)
+    env.neighbour_finder_all.update()
+    return env
+
+
+@pytest.mark.parametrize("name", ["MMM2", "3s5z_vs_3s6z", "27m_vs_30m", "corridor", "bane_vs_bane"])
+def test_velocities_are_the_packages_to_rounding(name):
+    """Crowds where nearly all have to give way, and many cannot; the precision of the arrays is the package's, too."""
+    changed = 0
+    for seed in range(10):
+        env = crowd(name, seed)
+        units = env.all_units.values()
+        with contextlib.redirect_stdout(io.StringIO()):
+            updater = script.QuickVelocityUpdater(
+                env.neighbour_finder_all, env.max_unit_radius, env.map_info.terrain, None
+            )
+        updater.reset_all_units(env.all_units)
+        env.velocity_updater.compute_new_velocities(env.all_units)
+        expected = [unit.next_velocity for unit in units]
+        updater.compute_new_velocities(env.all_units)
+        for unit, velocity in zip(units, expected):
+            np.testing.assert_allclose(unit.next_velocity, velocity, rtol=0, atol=1e-9)
+            assert unit.next_velocity.dtype == velocity.dtype
+            changed += (velocity != unit.pref_velocity).any()
+    assert changed > 100
+
+
+@pytest.mark.parametrize("name", ["MMM2", "27m_vs_30m"])
+def test_few_units_are_left_to_the_packages_collision_code(name, monkeypatch):
+    left, moved = [], []
+    monkeypatch.setattr(script.QuickVelocityUpdater, "_avoid", counted(script.QuickVelocityUpdater._avoid, moved))
+    monkeypatch.setattr(script.rvo2, "compute_new_velocity", counted(rvo2.compute_new_velocity, left))
+    env = MultiAgentSMAClite(name)
+    _, info = env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        *_, info = env.step(scripted_actions(env, info["avail_actions"], rng, 0.5))
+    assert len(left) < 0.1 * len(moved)
+
+
+def counted(function, calls: list):
+    """The function, which also appends to calls."""
+
+    def call(*args):
+        calls.append(None)
+        return function(*args)
+
+    return call
+
+
+def test_distances_at_the_edge_of_a_reach_are_the_packages():
+    """Targets at a distance that equals the reach but for a few units in the last place of single precision."""
+    env = MultiAgentSMAClite("2s3z")
+    env.reset(seed=0)
+    agent, target = env.agents[0], env.enemies[0]
+    rng = np.random.default_rng(0)
+    answers = set()
+    for reach in (script.AGENT_TARGET_RANGE, agent.attack_range + agent.radius + target.radius):
+        for _ in range(1000):
+            angle = rng.uniform(0, 2 * np.pi)
+            agent.pos[:] = rng.uniform(8, 24, 2)
+            target.pos[:] = agent.pos + (reach + rng.normal() * 1e-6) * np.array([np.cos(angle), np.sin(angle)])
+            inside = bool(script.point_inside_circle(target.pos, agent.pos, reach))
+            if reach == script.AGENT_TARGET_RANGE:
+                assert script.in_reach([agent], [target], reach).tolist() == [[inside]]
+            else:
+                assert agent.has_within_attack_range(target) == Unit.has_within_attack_range(agent, target)
+            answers.add((reach, inside))
+    assert len(answers) == 4
+
+
+@pytest.mark.parametrize("name", ["MMM2", "corridor"])
+def test_masks_are_the_packages_wherever_agents_stand(name):
+    """Also outside of the map, and in a wall."""
+    env = MultiAgentSMAClite(name)
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        for unit in env.all_units.values():
+            unit.pos[:] = rng.uniform(-2, 34, 2)
+        expected = SMACliteEnv.get_avail_actions(env)
+        np.testing.assert_array_equal(env._masks(), np.array(expected, bool))
 
 
 # Crashes of the package
