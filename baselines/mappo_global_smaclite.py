@@ -56,7 +56,7 @@ if HAVE_SMACLITE:
     from smaclite.env.rvo2 import rvo2
     from smaclite.env.rvo2.neighbour_finder import NeighbourFinder
     from smaclite.env.rvo2.velocity_updater import NumpyVelocityUpdater
-    from smaclite.env.smaclite import AGENT_TARGET_RANGE, REWARD_WIN, SMACliteEnv
+    from smaclite.env.smaclite import AGENT_SIGHT_RANGE, AGENT_TARGET_RANGE, REWARD_WIN, SMACliteEnv
     from smaclite.env.terrain.terrain import TerrainType
     from smaclite.env.units.combat_type import CombatType
     from smaclite.env.units.unit import Unit
@@ -200,20 +200,20 @@ class PairwiseNeighbourFinder(NeighbourFinder):
         """Takes a snapshot of the positions; when nobody is left the last one stays, as in the package."""
         if self.all_units:
             self.units = list(self.all_units.values())
-            self.positions = np.array([unit.pos for unit in self.units], np.float64)  # (n, 2)
-            self.on_plane = {plane: np.array([unit.plane is plane for unit in self.units]) for plane in Plane}
+            self.positions = np.array([unit.pos.tolist() for unit in self.units])  # (n, 2)
 
     def query_radius(self, units, radius, return_distance=False, same_plane_only=False, targetting_mode=False):
         """Per unit of `units` the list of units, or of (unit, distance), within `radius` cells (a number or a list)."""
         if not units:
             return []
-        delta = np.array([unit.pos for unit in units], np.float64)[:, None] - self.positions  # (m, n, 2)
+        delta = np.array([unit.pos.tolist() for unit in units])[:, None] - self.positions  # (m, n, 2)
         distance_sq = delta[..., 0] ** 2 + delta[..., 1] ** 2
         # Only the package's get_obs asks with one radius for distances; it asserts that none equals the radius.
         strict = return_distance and np.isscalar(radius)
         near = np.sqrt(distance_sq) < radius if strict else distance_sq <= np.square(radius)[..., None]
         if same_plane_only or targetting_mode:
-            for plane, columns in self.on_plane.items():
+            for plane in {unit.plane for unit in self.units}:
+                columns = np.array([unit.plane is plane for unit in self.units])
                 rows = [unit.plane is plane if same_plane_only else plane in unit.valid_targets for unit in units]
                 near &= np.logical_or.outer(rows, ~columns)
         rows, columns = near.nonzero()
@@ -424,12 +424,13 @@ class QuickVelocityUpdater(NumpyVelocityUpdater):
     def _avoid(self, unit, wish, lines):
         """The velocity (2) nearest to the wish (x, y), or else the one that violates the lines least."""
         velocity, speed = unit.pref_velocity, unit.max_velocity
+        length_sq = wish[0] ** 2 + wish[1] ** 2
         if velocity.dtype == np.float32:
-            too_fast = rvo2.vec_len_sq(velocity) > speed**2
-        else:
-            too_fast = wish[0] ** 2 + wish[1] ** 2 > speed**2
-        if too_fast:
-            velocity = rvo2.normalize(velocity) * speed
+            if rvo2.vec_len_sq(velocity) > speed**2:
+                velocity = rvo2.normalize(velocity) * speed
+        elif length_sq > speed**2:
+            length = math.sqrt(length_sq)
+            velocity = np.array((wish[0] / length * speed, wish[1] / length * speed))
         start = tuple(velocity.tolist())
         satisfied, best = nearest_allowed(lines, speed, start, wish=wish)
         if satisfied < len(lines):
@@ -445,6 +446,14 @@ def in_reach(units, targets, reach):
     for n, m in zip(*(np.abs(excess) < 1e-3).nonzero()):  # single precision may matter
         near[n, m] = point_inside_circle(targets[m].pos, units[n].pos, reach)
     return near
+
+
+def looks(map_info, unit, has_shields):
+    """What a unit looks like to others: health, shield if there are any, and its kind one-hot if there are several."""
+    kinds = [0.0] * map_info.num_unit_types
+    if kinds:
+        kinds[map_info.unit_type_ids[unit.type]] = 1.0
+    return [unit.hp / unit.max_hp, *([unit.shield / unit.max_shield] if has_shields else []), *kinds]
 
 
 class QuickUnit(Unit):
@@ -534,8 +543,48 @@ class MultiAgentSMAClite(SMACliteEnv):
         return obs, float(team_reward), terminated, truncated, info
 
     def get_obs(self):
-        """The package's observations as one array (N, D)."""
-        return np.stack(super().get_obs())
+        """What the package's get_obs says, as one array (N, D)."""
+        self.avail_actions = self._masks()
+        obs = np.zeros((self.n_agents, self.obs_size), np.float32)
+        if not self.agents:
+            return obs
+        agents, enemies = list(self.agents.values()), list(self.enemies.values())
+        rows = np.array(list(self.agents))
+        of_enemies, enemies_near = self._seen(agents, enemies, self.n_enemies, self.map_info.enemy_has_shields)
+        of_allies, allies_near = self._seen(agents, agents, self.n_agents, self.map_info.ally_has_shields)
+        others = np.arange(self.n_agents) != rows[:, None]
+        # Of a healer the package's first feature of enemy k is whether ally k can be healed
+        healing = np.zeros_like(enemies_near)
+        columns = min(self.n_enemies, self.n_agents)
+        healing[:, :columns] = (allies_near & others)[:, :columns]
+        healers = np.array([agent.combat_type is CombatType.HEALING for agent in agents])
+        of_enemies[..., 0] *= np.where(healers[:, None], healing, enemies_near)
+        own = [looks(self.map_info, agent, self.map_info.ally_has_shields) for agent in agents]
+        parts = self.avail_actions[rows, 2:6], of_enemies, of_allies[others], own
+        obs[rows] = np.concatenate([np.reshape(part, (len(rows), -1)) for part in parts], 1)
+        return obs
+
+    def _seen(self, agents, units, count, has_shields):
+        """Of n agents what each sees of `count` units, of which these live, and whether in reach of an attack.
+
+        Features (n, count, F): 1 if seen, distance, x, y, looks; 0 if not. In reach: (n, count) bool.
+        """
+        size = 5 + has_shields + self.map_info.num_unit_types
+        features = np.zeros((len(agents), count, size), np.float32)
+        near = np.zeros((len(agents), count), bool)
+        if not units:
+            return features, near
+        positions = np.array([agent.pos.tolist() for agent in agents])[:, None]
+        deltas = np.array([unit.pos.tolist() for unit in units]) - positions  # (n, units, 2)
+        distances = np.sqrt(deltas[..., 0] ** 2 + deltas[..., 1] ** 2)
+        found = np.ones((*distances.shape, size), np.float32)
+        found[..., 1] = distances / AGENT_SIGHT_RANGE
+        found[..., 2:4] = deltas.astype(np.float32) / AGENT_SIGHT_RANGE
+        found[..., 4:] = [looks(self.map_info, unit, has_shields) for unit in units]
+        columns = [unit.id_in_faction for unit in units]
+        features[:, columns] = np.where((distances < AGENT_SIGHT_RANGE)[..., None], found, 0)
+        near[:, columns] = distances <= AGENT_TARGET_RANGE
+        return features, near
 
     def get_avail_actions(self):
         """The mask (N, A) of the current step: computed once, for info and for the package's own check."""
@@ -566,7 +615,6 @@ class MultiAgentSMAClite(SMACliteEnv):
         return masks
 
     def _info(self, rewards):
-        self.avail_actions = self._masks()
         alive = np.array([k in self.agents for k in range(self.n_agents)])
         info = {"rewards": rewards, "avail_actions": self.avail_actions, "state": self.get_state(), "alive": alive}
         return info | {"battle_won": not self.enemies}

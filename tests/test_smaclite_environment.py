@@ -58,7 +58,7 @@ def refresh(env):
     for finder in (env.neighbour_finder_all, env.neighbour_finder_ally, env.neighbour_finder_enemy):
         finder.update()
     if isinstance(env, MultiAgentSMAClite):
-        env._info(np.zeros(env.n_agents, np.float32))
+        env.get_obs()
 
 
 def stop_all(env) -> list[int]:
