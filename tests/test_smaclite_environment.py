@@ -1,6 +1,7 @@
 """The SMAClite environment against the package: the same games, rewards per agent that add up, none of its crashes.
 
 What "equal" means here: rewards, masks, ends and the winner exactly; observations and states bit for bit.
+Where numpy's library fuses multiplication and addition, a game in a hundred may differ; those played here do not.
 """
 
 import contextlib
@@ -8,7 +9,9 @@ import functools
 import io
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +26,7 @@ from smaclite.env.maps.map import MapPreset
 from smaclite.env.rvo2 import rvo2
 from smaclite.env.rvo2.neighbour_finder import NeighbourFinder
 from smaclite.env.units.combat_type import CombatType
+from smaclite.env.units.unit import Unit
 
 script = load("mappo_dg_smaclite.py")
 MultiAgentSMAClite, PairwiseNeighbourFinder = script.MultiAgentSMAClite, script.PairwiseNeighbourFinder
@@ -57,7 +61,7 @@ def refresh(env):
     for finder in (env.neighbour_finder_all, env.neighbour_finder_ally, env.neighbour_finder_enemy):
         finder.update()
     if isinstance(env, MultiAgentSMAClite):
-        env._info(np.zeros(env.n_agents, np.float32))
+        env.get_obs()
 
 
 def stop_all(env) -> list[int]:
@@ -331,6 +335,189 @@ def test_enemy_at_exactly_the_sight_range():
     with pytest.raises(AssertionError):
         stock.get_obs()
     assert not ours.get_obs()[0, 4 : 4 + ours.enemy_feat_size].any()
+
+
+# Velocities and distances
+
+PAIRS = np.random.default_rng(0).normal(size=(100, 2, 2))
+INNER_IS_FUSED = any(np.inner(a, b) != a[0] * b[0] + a[1] * b[1] for a, b in PAIRS)  # multiplication and addition
+
+
+def test_velocities_and_games_are_equal_to_the_bit_where_inner_products_are_not_fused():
+    """Among them the game of 80 that is another on a processor that fuses: the package's own is another there, too."""
+    code = "from test_smaclite_environment import *\n"
+    code += "print('fused' if INNER_IS_FUSED else 'plain')\n"
+    code += "for name in MAPS:\n    compare_velocities(name, trials=2)\n"
+    code += "compare_episode(make_stock('27m_vs_30m'), MultiAgentSMAClite('27m_vs_30m'), 0.0, seed=106)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"OPENBLAS_CORETYPE": "Nehalem"},  # an old processor, for numpy's library
+        capture_output=True,
+        text=True,
+    )
+    if done.stdout == "fused\n":
+        pytest.skip("numpy's library cannot be kept from fusing")
+    assert (done.stdout, done.stderr, done.returncode) == ("plain\n", "", 0)
+
+
+def crowd(name: str, seed: int) -> SMACliteEnv:
+    """The package, its units somewhere in a square, in each other's way, at random velocities and wishes."""
+    env = make_stock(name)
+    env.reset(seed=0)
+    rng = np.random.default_rng(seed)
+    for unit in env.all_units.values():
+        unit.pos[:] = rng.uniform(12, 12 + rng.choice([3, 6, 12]), 2)
+        single = rng.random() < 0.2
+        unit.velocity, wish = (
+            (rng.normal(size=2) * unit.max_velocity).astype(np.float32 if single else np.float64) for _ in range(2)
+        )
+        unit.pref_velocity = wish if rng.random() < 0.8 else np.zeros(2)
+    env.neighbour_finder_all.update()
+    return env
+
+
+@pytest.mark.parametrize("name", ["MMM2", "3s5z_vs_3s6z", "27m_vs_30m", "corridor", "bane_vs_bane"])
+def test_velocities_are_the_packages_to_rounding(name):
+    assert compare_velocities(name, trials=10) > 100
+
+
+def compare_velocities(name: str, trials: int) -> int:
+    """In crowds where nearly all have to give way, and many cannot; the arrays' precision is the package's, too.
+
+    Returns how many velocities are not the wished ones.
+    """
+    changed = 0
+    for seed in range(trials):
+        env = crowd(name, seed)
+        units = env.all_units.values()
+        with contextlib.redirect_stdout(io.StringIO()):
+            updater = script.QuickVelocityUpdater(
+                env.neighbour_finder_all, env.max_unit_radius, env.map_info.terrain, None
+            )
+        updater.reset_all_units(env.all_units)
+        env.velocity_updater.compute_new_velocities(env.all_units)
+        expected = [unit.next_velocity for unit in units]
+        updater.compute_new_velocities(env.all_units)
+        for unit, velocity in zip(units, expected):
+            np.testing.assert_allclose(unit.next_velocity, velocity, rtol=0, atol=1e-9 if INNER_IS_FUSED else 0)
+            assert unit.next_velocity.dtype == velocity.dtype
+            changed += (velocity != unit.pref_velocity).any()
+    return changed
+
+
+def test_units_that_do_not_touch_yet_avoid_each_other_as_in_the_package():
+    """Two marines as far apart as they notice each other, who would pass to the left or right, or collide."""
+    env = make_stock("MMM2")
+    env.reset(seed=0)
+    marines = [unit for unit in env.all_units.values() if unit.type.name == "MARINE"][:2]
+    units = dict(enumerate(marines))
+    env.neighbour_finder_all.set_all_units(units)
+    with contextlib.redirect_stdout(io.StringIO()):
+        updater = script.QuickVelocityUpdater(env.neighbour_finder_all, env.max_unit_radius, env.map_info.terrain, None)
+    updater.reset_all_units(units)
+    rng = np.random.default_rng(0)
+    changed = 0
+    for _ in range(500):
+        angle = rng.uniform(0, 2 * np.pi)
+        distance = rng.uniform(2 * marines[0].radius, marines[0].radius + env.max_unit_radius)
+        way = np.array([np.cos(angle), np.sin(angle)])
+        marines[1].pos[:] = rng.uniform((0.5, 12), (3, 16))  # near 0 the gap has more digits than single precision
+        marines[0].pos[:] = marines[1].pos - distance * way
+        for sign, marine in zip((1, -1), marines):
+            marine.velocity = sign * rng.uniform(0, 2) * way + rng.normal(size=2)
+            marine.pref_velocity = sign * way * marine.max_velocity + rng.normal(size=2)
+        env.neighbour_finder_all.update()
+        env.velocity_updater.compute_new_velocities(units)
+        expected = [marine.next_velocity for marine in marines]
+        updater.compute_new_velocities(units)
+        for marine, velocity in zip(marines, expected):
+            np.testing.assert_allclose(marine.next_velocity, velocity, rtol=0, atol=1e-12)
+            changed += np.abs(velocity - marine.pref_velocity).max() > 0.1
+    assert changed > 300
+
+
+def test_linear_programs_are_the_packages_with_parallel_lines_too():
+    """Many lines are parallel, in the same direction or the opposite one, and many leave nothing between them."""
+    rng = np.random.default_rng(0)
+    failed = 0
+    for _ in range(3000):
+        angles = rng.choice(rng.uniform(0, 2 * np.pi, 4), rng.integers(1, 7))
+        angles += rng.choice([0, np.pi], len(angles))
+        angles += rng.uniform(-2e-6, 2e-6, len(angles))  # parallel still; at exactly 0 a sign is a matter of rounding
+        directions = np.stack([np.cos(angles), np.sin(angles)], -1)
+        points = rng.normal(size=(len(angles), 2)) * rng.choice([0.3, 1.0])
+        wish = rng.normal(size=2)
+        wish /= max(1.0, np.linalg.norm(wish))
+        packages = [rvo2.Line(direction, point) for direction, point in zip(directions, points)]
+        expected_count, expected = rvo2.linear_program_2(packages, 1.0, wish, False)
+        lines = np.hstack([points, directions]).tolist()
+        count, velocity = script.nearest_allowed(lines, 1.0, tuple(wish.tolist()), wish=wish.tolist())
+        assert count == expected_count
+        np.testing.assert_allclose(velocity, expected, rtol=0, atol=1e-9)
+        if count < len(lines):
+            failed += 1
+            expected = rvo2.linear_program_3(packages, 0, count, 1.0, expected)
+            velocity = script.least_violating(lines, count, 1.0, velocity)
+            np.testing.assert_allclose(velocity, expected, rtol=0, atol=1e-9)
+    assert failed > 1000
+
+
+@pytest.mark.parametrize("name", ["MMM2", "27m_vs_30m"])
+def test_few_units_are_left_to_the_packages_collision_code(name, monkeypatch):
+    left, moved = [], []
+    monkeypatch.setattr(script.QuickVelocityUpdater, "_avoid", counted(script.QuickVelocityUpdater._avoid, moved))
+    monkeypatch.setattr(script.rvo2, "compute_new_velocity", counted(rvo2.compute_new_velocity, left))
+    env = MultiAgentSMAClite(name)
+    _, info = env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        *_, info = env.step(scripted_actions(env, info["avail_actions"], rng, 0.5))
+    assert len(left) < 0.1 * len(moved)
+
+
+def counted(function, calls: list):
+    """The function, which also appends to calls."""
+
+    def call(*args):
+        calls.append(None)
+        return function(*args)
+
+    return call
+
+
+def test_distances_at_the_edge_of_a_reach_are_the_packages():
+    """Targets at a distance that equals the reach but for a few units in the last place of single precision."""
+    env = MultiAgentSMAClite("2s3z")
+    env.reset(seed=0)
+    agent, target = env.agents[0], env.enemies[0]
+    rng = np.random.default_rng(0)
+    answers = set()
+    for reach in (script.AGENT_TARGET_RANGE, agent.attack_range + agent.radius + target.radius):
+        for _ in range(1000):
+            angle = rng.uniform(0, 2 * np.pi)
+            agent.pos[:] = rng.uniform(8, 24, 2)
+            target.pos[:] = agent.pos + (reach + rng.normal() * 1e-6) * np.array([np.cos(angle), np.sin(angle)])
+            inside = bool(script.point_inside_circle(target.pos, agent.pos, reach))
+            if reach == script.AGENT_TARGET_RANGE:
+                assert script.in_reach([agent], [target], reach).tolist() == [[inside]]
+            else:
+                assert agent.has_within_attack_range(target) == Unit.has_within_attack_range(agent, target)
+            answers.add((reach, inside))
+    assert len(answers) == 4
+
+
+@pytest.mark.parametrize("name", ["MMM2", "corridor"])
+def test_masks_are_the_packages_wherever_agents_stand(name):
+    """Also outside of the map, and in a wall."""
+    env = MultiAgentSMAClite(name)
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        for unit in env.all_units.values():
+            unit.pos[:] = rng.uniform(-2, 34, 2)
+        expected = SMACliteEnv.get_avail_actions(env)
+        np.testing.assert_array_equal(env._masks(), np.array(expected, bool))
 
 
 # Crashes of the package

@@ -255,8 +255,9 @@ def test_sections(lbf_script):
 CALLED_BY_PACKAGES = {
     "ForagingEnv": {"spawn_food", "step", "_gen_valid_moves", "_make_gym_obs"},
     "NeighbourFinder": {"update", "query_radius"},
-    "NumpyVelocityUpdater": {"compute_new_velocities"},
+    "NumpyVelocityUpdater": {"reset_all_units", "compute_new_velocities"},
     "SMACliteEnv": {"reset", "step", "get_obs", "get_avail_actions"},
+    "Unit": {"game_step", "has_within_attack_range"},
     "nn.Module": {"forward"},
 }
 
