@@ -4,13 +4,14 @@
 # ///
 """MAPPO with counterfactual dependence graphs (beyond arXiv 2601.21523) on Level-Based Foraging.
 
-Every agent learns from the rewards that it earns and from those that others earn because of it: what agent j
-earns in a step, less what it would have earned had agent i done nothing. Who makes a difference to whom, and
-how much, is known from the simulator or learned by a forward model. An iteration:
+Every agent learns from the rewards that it earns and from its effects on those of the others: what agent j earns in
+a step, less what it would have earned had agent i done nothing. Own reward and effects add up to G(a) - G(a with i
+doing nothing), G being the team's reward of the step: the difference reward of Wolpert and Tumer (2001). Effects are
+known from the simulator or learned by a forward model. An iteration:
 
     1. collect one whole episode in every environment
-    2. dependence graph: who influences whom at each step, and by how much
-    3. advantages: GAE of every agent's own rewards and of its effects on the others' rewards
+    2. effects, and the dependence graph for the other advantages: who influences whom at each step
+    3. advantages: GAE of every agent's own rewards and effects (--advantage difference)
     4. update the policy and the critic (PPO), then the graph models
     5. log, evaluate and save, if they are due
 
@@ -117,19 +118,19 @@ class Args:
     """largest norm of the policy's and of the critic's gradient"""
 
     advantage: Literal["difference", "pairwise", "published"] = "difference"
-    """how the others' rewards count, see credit()"""
+    """difference: own rewards and effects, pairwise: values of pairs from the meeting on, published: the paper's"""
     negative_effects: bool = True
     """--advantage difference: blame for what i's action takes from others, too; --no-...: credit for help alone"""
     c: float = 0.9
     """--graph reverse: entropy-ratio threshold of an edge, 0: no edges, 1: most"""
     graph: Literal["simulator", "learned", "reverse", "random", "complete", "identity"] = "simulator"
-    """where the dependence graph comes from; learned: a forward model, reverse: the paper's entropy ratio"""
+    """learned: a forward model, reverse: the paper's entropy ratio, complete: global, identity: local rewards"""
     graph_p: float = 0.5
     """probability of an edge under --graph random"""
     shared_food: bool = False
-    """who decides whether a food disappears influences everybody; --no-shared-food: whom it rewards"""
+    """graph of pairwise, published: who decides whether a food disappears influences everybody"""
     edge_threshold: float = 0.3
-    """--graph learned: difference, of probabilities, that another action of i must make to j"""
+    """graph learned for pairwise, published: difference that another action of i must make to j"""
     replay_size: int = 100_000
     """--graph learned: latest steps from which the forward model learns"""
     forward_learning_rate: float = 3e-3
@@ -183,6 +184,7 @@ def check_graph_args(args):
     check_range("graph_p", args.graph_p, 0, 1)
     check_range("edge_threshold", args.edge_threshold, 0, 1)
     check_range("replay_size", args.replay_size, 1)
+    check_range("forward_learning_rate", args.forward_learning_rate, 0)
     if args.graph == "learned":
         check_observations(make_env(args.env_id))
 
@@ -312,7 +314,7 @@ MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))
 
 
 class CounterfactualForaging(LevelBasedForaging):
-    """Level-Based Foraging that keeps, for every step of an episode, who influenced whom.
+    """Level-Based Foraging that keeps, for every step of an episode, who influenced whom, and by how much.
 
     i influences j iff another available action of i, the others doing what they do, would change (a) the
     cell in which j ends or j's reward, or (b, if shared_food) which foods disappear: food is part of
@@ -356,7 +358,7 @@ class CounterfactualForaging(LevelBasedForaging):
                 continue  # who stays is not moved by anybody
             rivals = claims.count(claim) - 1  # a cell that two or more claim is entered by none
             for i, (row, col) in enumerate(cells):
-                # where j can go i can go, too, from beside it; and from that cell i can go to where j comes from
+                # i beside that cell can go there, too; i in that cell can leave to where j comes from
                 near = abs(row - claim[0]) + abs(col - claim[1]) <= 1
                 only_rival = rivals == (claims[i] == claim)
                 if i != j and near and only_rival:
@@ -368,13 +370,13 @@ class CounterfactualForaging(LevelBasedForaging):
         edges = []
         if LOAD not in actions and not self.shared_food:
             return edges  # nobody has a reward that another could change
-        for i, rewards, rewards_without in self.loads(actions):
+        for i, rewards, rewards_without in self.possible_loads(actions):
             if self.shared_food and rewards_without is None:
                 edges += [(i, j) for j in range(self.n_agents) if j != i]
                 continue
             for j in rewards:
-                before = -self.penalty if rewards_without is None else rewards_without.get(j, 0.0)
-                if j != i and rewards[j] != before:
+                without_i = -self.penalty if rewards_without is None else rewards_without.get(j, 0.0)
+                if j != i and rewards[j] != without_i:
                     edges.append((i, j))
         return edges
 
@@ -384,15 +386,15 @@ class CounterfactualForaging(LevelBasedForaging):
         effects = {}
         if actions.count(LOAD) < 2:
             return effects
-        for i, rewards, rewards_without in self.loads(actions):
+        for i, rewards, rewards_without in self.possible_loads(actions):
             if actions[i] == LOAD:
                 for j in rewards:
-                    before = -self.penalty if rewards_without is None else rewards_without.get(j, 0.0)
+                    without_i = -self.penalty if rewards_without is None else rewards_without.get(j, 0.0)
                     if j != i:
-                        effects[i, j] = rewards[j] - before
+                        effects[i, j] = rewards[j] - without_i
         return effects
 
-    def loads(self, actions):
+    def possible_loads(self, actions):
         """For every agent i that can, by loading, take part in taking a food: (i, rewards with it, rewards without).
 
         Rewards are {player: reward} of who loads that food, None where it would stay.
@@ -638,7 +640,7 @@ def one_hot(x, size):
 
 
 class Steps(NamedTuple):
-    """Steps of a game, whichever they are, for the forward model."""
+    """Steps of any episodes, for the forward model."""
 
     obs: torch.Tensor  # (B, N, D)
     next_obs: torch.Tensor  # (B, N, D)
@@ -651,7 +653,7 @@ class Foods(NamedTuple):
 
     cells: torch.Tensor  # (B, F, 2)
     levels: torch.Tensor  # (B, F)
-    there: torch.Tensor  # (B, F) bool: neither loaded yet nor filled up
+    there: torch.Tensor  # (B, F) bool: not padding, which stands for foods that are loaded
 
 
 def read_observations(obs):
@@ -666,21 +668,23 @@ class Outcome(NamedTuple):
     """What becomes of the players in a step, as logits of the forward model or as it was."""
 
     move: torch.Tensor  # (B, N, 5) or the class (B, N): stays, north, south, west, east
-    reward: torch.Tensor  # (B, N, 6) or the class (B, N)
+    reward: torch.Tensor  # (B, N, classes) or the class (B, N)
     gone: torch.Tensor  # (B, F): a food disappears
 
 
-REWARD_SIZES = (0.0, 0.08, 0.16, 0.25, 0.4)  # the class of a reward: how many of these it exceeds
+# the class of a reward: how many of these it exceeds
+REWARD_SIZES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class ForwardModel(nn.Module):
     """What becomes of everybody, from what they see and do; players and foods are entities.
 
     What a player does near a food is an entry of a table: its relative cell and its action; likewise what two
-    players do near each other. Tables begin near 0: what was never seen shall make next to no difference.
+    players do near each other. Tables begin near 0: what was never seen shall make next to no difference. Players
+    have identities, since of loaders of one level the lowest index wins all.
     """
 
-    def __init__(self, num_actions, width=64, num_levels=8, num_cells=16):
+    def __init__(self, num_agents, num_actions, num_cells, width=64, num_levels=8):
         super().__init__()
         self.num_actions = num_actions
         self.num_levels = num_levels
@@ -688,6 +692,7 @@ class ForwardModel(nn.Module):
         # foods: what their neighbours do decides whether they disappear and what everybody gets
         self.player_at_food = nn.Embedding(25 * num_actions, width)
         self.player_level = nn.Linear(num_levels, width)
+        self.agent_id = nn.Parameter(torch.zeros(num_agents, 1, width))
         self.effort = nn.Sequential(nn.ReLU(), nn.Linear(width, width))
         self.food_level = nn.Linear(num_levels, width)
         self.gone = nn.Sequential(nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
@@ -713,7 +718,9 @@ class ForwardModel(nn.Module):
         near_food = (5 * offset[..., 0] + offset[..., 1]) * self.num_actions + actions.unsqueeze(-1)  # (B, N, F)
 
         level = self.player_level(one_hot(levels, self.num_levels)).unsqueeze(2)
-        effort = self.effort(self.player_at_food(near_food) + level)  # (B, N, F, width)
+        # what every player does for every food
+        effort = self.effort(self.player_at_food(near_food) + level + self.agent_id)  # (B, N, F, width)
+        # does their sum move the food, and who gets what
         at_food = effort.sum(1) + self.food_level(one_hot(foods.levels, self.num_levels))  # (B, F, width)
         gone = self.gone(at_food).squeeze(-1).masked_fill(~foods.there, -100.0)
         result = at_food + self.is_gone(gone.sigmoid().unsqueeze(-1))
@@ -730,16 +737,19 @@ class ForwardModel(nn.Module):
         return Outcome(move, reward, gone)
 
 
+def reward_class(rewards):
+    """How many of REWARD_SIZES each reward exceeds."""
+    return (rewards.unsqueeze(-1) > torch.tensor(REWARD_SIZES, device=rewards.device)).sum(-1)
+
+
 def outcome(steps):
-    """What became of the players -> Outcome of classes; the sizes of rewards are told apart roughly."""
+    """What became of the players -> Outcome of classes."""
     foods, cells, _ = read_observations(steps.obs)
     foods_after, cells_after, _ = read_observations(steps.next_obs)
     moves = torch.tensor(MOVES[:5], device=cells.device)
     move = ((cells_after - cells).unsqueeze(-2) == moves).all(-1).float().argmax(-1)
-    sizes = torch.tensor(REWARD_SIZES, device=cells.device)
-    reward = (steps.rewards.unsqueeze(-1) > sizes).sum(-1)
     still = (foods.cells.unsqueeze(2) == foods_after.cells.unsqueeze(1)).all(-1).any(-1)
-    return Outcome(move, reward, foods.there & ~still)
+    return Outcome(move, reward_class(steps.rewards), foods.there & ~still)
 
 
 @torch.no_grad()
@@ -846,9 +856,9 @@ def update_forward_model(model, optimizer, replay, num_steps=8, batch_size=128):
     device = model.class_rewards.device
     rewarded = (replay.rewards > 0).any(-1).nonzero().squeeze(-1)
     if len(rewarded):
-        steps = replay.take(rewarded, device)
-        classes = one_hot(outcome(steps).reward, len(model.class_rewards))  # (B, N, classes)
-        sums = (classes * steps.rewards.unsqueeze(-1)).sum((0, 1))
+        rewards = replay.rewards[rewarded].to(device)
+        classes = one_hot(reward_class(rewards), len(model.class_rewards))  # (B, N, classes)
+        sums = (classes * rewards.unsqueeze(-1)).sum((0, 1))
         model.class_rewards.copy_(sums / classes.sum((0, 1)).clamp(min=1))
     history = defaultdict(list)
     for _ in range(num_steps):
@@ -879,8 +889,7 @@ def change_edges(graph, drop, add):
 
 
 def dependence_graph(args, simulator, simulator_effects, graph_models, graph_logits, rollout):
-    """The graph that the options ask for, (T, E, N_i, N_j) bool, what i adds to j's reward, (T, E, N_i, N_j), and what
-    is to be logged of the reverse graph.
+    """The graph (T, E, N_i, N_j) bool, what i adds to j's reward (T, E, N_i, N_j), what to log of the reverse graph.
 
     simulator and simulator_effects (T, E, N_i, N_j): as the environments know them; graph_logits: GraphLogits,
     for --graph reverse alone. Where only edges are known, an edge i -> j adds the whole of j's reward, so
@@ -915,10 +924,13 @@ def dependence_graph(args, simulator, simulator_effects, graph_models, graph_log
     return graph, (graph & other_agents(graph)) * rollout.rewards.unsqueeze(-2), charts
 
 
-def effects_error(effects, simulator_effects):
-    """Sum of the errors relative to the sum of the simulator's effects: 0 if exact, 1 if they are ignored."""
-    error = (effects - simulator_effects).abs().sum()
-    return error / simulator_effects.abs().sum().clamp(min=0.01)  # of rewards that sum to 1 per episode
+def effects_statistics(effects, simulator_effects):
+    """Per episode: the sizes of the simulator's effects and of the errors, summed up; (T, E, N, N)."""
+    num_episodes = effects.shape[1]
+    return {
+        "simulator_effects": simulator_effects.abs().sum() / num_episodes,
+        "effects_error": (effects - simulator_effects).abs().sum() / num_episodes,
+    }
 
 
 def graph_statistics(graph, simulator):
@@ -1690,7 +1702,7 @@ def main():
         env.shared_food = args.shared_food
     critic = make_critic(args, D, N).to(device)
     if args.graph == "learned":
-        graph_models = ForwardModel(A).to(device)
+        graph_models = ForwardModel(N, A, max(envs[0].field_size)).to(device)
     else:
         graph_models = GraphModels(D, A, args.encoder, args.bf16).to(device)
     replay = Replay(args.replay_size if args.graph == "learned" else 1, N, D)
@@ -1783,7 +1795,7 @@ def main():
             charts["learning_rate"] = args.learning_rate
             charts["SPS"] = (global_step - start_step) / max(time.time() - start_time, 1e-9)
             graph_charts |= graph_statistics(graph[alive], simulator[alive])
-            graph_charts["effects_error"] = effects_error(effects, simulator_effects)
+            graph_charts |= effects_statistics(effects, simulator_effects)
             log_scalars(writer, global_step, {"charts": charts, "losses": losses, "graph": graph_charts})
 
             # EVALUATE
