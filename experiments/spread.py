@@ -464,11 +464,12 @@ def log_scalars(writer, global_step, groups):
 
 
 def write_evaluations(run_dir, evaluations):
-    """Write evaluations.csv."""
+    """Write evaluations.csv, its numbers with six significant digits."""
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=evaluations[0].keys(), lineterminator="\n")
     table.writeheader()
-    table.writerows(evaluations)
+    for row in evaluations:
+        table.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
     write_atomically(os.path.join(run_dir, "evaluations.csv"), text.getvalue().encode())
 
 
