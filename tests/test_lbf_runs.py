@@ -70,6 +70,8 @@ def test_a_script_alone_in_an_empty_folder(lbf_script, tmp_path):
     assert re.fullmatch(rf"Foraging-5x5-3p-2f-v3__{Path(alone).stem}__1__\d+", folder.name)
     assert {path.name.split(".")[0] for path in folder.iterdir()} == {"checkpoint", "evaluations", "events", "run"}
     check_what_is_said(done.stdout, lbf_script, folder)
+    closing = (folder / "evaluations.csv").read_text(encoding="utf-8").splitlines()[-1].split(",")[3]
+    assert f"eval={float(closing):.3f}" in done.stderr.splitlines()[-1].rpartition("\r")[2]
 
     tags = scalars(folder)
     assert set(tags) == expected_tags(lbf_script, num_agents=3)
