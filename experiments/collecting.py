@@ -41,8 +41,10 @@ RUN_COLUMNS = ["global_step", "evaluation", "nominal_step", "episodic_return", "
 COLUMNS = [*KEY, "frames", "evaluation", "nominal_frames", "return", "return_std", "episodes", "finished", "seconds"]
 # What the columns of all CSVs hold, if not a number in every line
 TEXT = dict.fromkeys(["method", "task", "world", "policy", "observation", "subset", "algorithm"], str)
+TEXT |= dict.fromkeys(["model", "stage", "graph", "outcome"], str)
 WHOLE = {"global_step", "evaluation", "nominal_step", "seed", "frames", "nominal_frames", "finished"}  # numbers >= 0
 OPTIONAL = {"seconds", "precision", "recall", "spurious_rate", "auc"}
+OPTIONAL |= {"correlation", "relative_error", "unaffected_error"}
 
 
 # READ
