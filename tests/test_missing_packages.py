@@ -17,6 +17,7 @@ SMACLITE = ["smaclite", "rtree", "sklearn", "pygame"]
 # The tools with what brings them to every import; OUT is a folder that may be written to.
 TOOLS = {
     "benchmark.py": ["--quick"],
+    "credit_figure.py": ["--help"],
     "known_graph.py": ["--quick", "--output", "OUT"],
     "launch.py": [ROOT / "experiments/grids/lbf_mappo.yaml", "--output-dir", "OUT", "--backend", "ray"],
     "learned_graph_study.py": ["--table-only"],
