@@ -849,9 +849,9 @@ class Replay:
 
 
 def update_forward_model(model, optimizer, replay, num_steps=8, batch_size=128):
-    """Gradient steps on replayed steps, half of them rewarded -> losses, means over the steps.
+    """Gradient steps on replayed steps, a quarter of them rewarded -> losses, means over the steps.
 
-    Rewards are rare: a batch of what comes would hardly show the model any.
+    Rewards are rare: a batch of what comes would hardly show the model any; half of it has it expect too many.
     """
     device = model.class_rewards.device
     rewarded = (replay.rewards > 0).any(-1).nonzero().squeeze(-1)
@@ -864,7 +864,7 @@ def update_forward_model(model, optimizer, replay, num_steps=8, batch_size=128):
     for _ in range(num_steps):
         index = torch.randint(len(replay), (batch_size,))
         if len(rewarded):
-            index[: batch_size // 2] = rewarded[torch.randint(len(rewarded), (batch_size // 2,))]
+            index[: batch_size // 4] = rewarded[torch.randint(len(rewarded), (batch_size // 4,))]
         steps = replay.take(index, device)
         actual = outcome(steps)
         predicted = model(steps.obs, steps.actions)
