@@ -267,6 +267,17 @@ def test_the_frames_to_half_of_the_final_return_are_those_of_the_runs():
                 assert close(low, first[pair].min(), 2) and close(high, first[pair].max(), 2), pair
 
 
+def test_the_iqm_of_our_own_method_is_that_of_its_csv():
+    data = evaluations("lbf_cdg")
+    final = data[data.nominal_frames > 4.5e6].groupby(["method", "task", "seed"])["return"].mean()["mappo_cdg"]
+    kept = final.sort_values().to_numpy()
+    assert len(kept) == 6
+    # a quarter of six runs is cut off at each end: one whole run and half of the next
+    iqm = (kept[1] / 2 + kept[2:4].sum() + kept[4] / 2) / 3
+    (said,) = re.findall(r"has an IQM of (0\.\d+) so far, with one seed", text_of(README))
+    assert abs(float(said) - iqm) < 0.005
+
+
 def test_lengths_and_diffs_are_about_what_readme_says():
     lines = {row[0]: int(row[-1]) for row in rows(text_of(README)) if re.fullmatch(r"\[`.*\.py`\].*", row[0])}
     assert len(lines) == len(SCRIPTS)
