@@ -783,22 +783,28 @@ def forward_graph(model, obs, actions, shared_food, threshold):
 
 
 @torch.no_grad()
-def forward_effects(model, obs, actions):
-    """How much more j is rewarded, as the model has it, than if i did nothing: (B, N_i, N_j), 0 for i = j.
+def forward_effects(model, obs, actions, rewards, smallest=0.02):
+    """How much more j was rewarded than, as the model has it, if i had done nothing: (B, N_i, N_j), 0 for i = j.
 
-    obs (B, N, D), actions (B, N).
+    The model says which pairs have an effect, more than smallest, and what j would have earned; what j has earned is
+    known. It is asked about steps with rewards alone: most have none, and small errors would add up to more than the
+    effects. What kept everybody from a reward is not seen.
+    obs (B, N, D), actions and rewards (B, N).
     """
+    effects = torch.zeros((*actions.shape, actions.shape[-1]), device=obs.device)
+    rewarded = (rewards != 0).any(-1)
+    obs, actions, rewards = obs[rewarded], actions[rewarded], rewards[rewarded]
 
     def expected_rewards(actions):
         return model(obs, actions).reward.softmax(-1) @ model.class_rewards  # (B, N)
 
-    B, N = actions.shape
-    rewards = expected_rewards(actions)
-    effects = torch.zeros((B, N, N), device=obs.device)
-    for i in range(N):
+    expected = expected_rewards(actions)
+    for i in range(actions.shape[-1]):
         without_i = actions.clone()
         without_i[:, i] = Action.NONE.value
-        effects[:, i] = rewards - expected_rewards(without_i)
+        expected_without_i = expected_rewards(without_i)
+        affected = (expected - expected_without_i).abs() > smallest
+        effects[rewarded, i] = (rewards - expected_without_i) * affected
     return effects * other_agents(effects)
 
 
@@ -848,7 +854,7 @@ class Replay:
             getattr(self, name)[: len(self)] = state[name]
 
 
-def update_forward_model(model, optimizer, replay, num_steps=8, batch_size=128):
+def update_forward_model(model, optimizer, replay, num_steps=4, batch_size=128):
     """Gradient steps on replayed steps, a quarter of them rewarded -> losses, means over the steps.
 
     Rewards are rare: a batch of what comes would hardly show the model any; half of it has it expect too many.
@@ -905,7 +911,7 @@ def dependence_graph(args, simulator, simulator_effects, graph_models, graph_log
         effects = torch.zeros_like(simulator_effects)
         obs = rollout.obs[:-1][alive]
         actions = rollout.actions[alive]
-        effects[alive] = forward_effects(graph_models, obs, actions)
+        effects[alive] = forward_effects(graph_models, obs, actions, rollout.rewards[alive])
         if args.advantage == "difference":
             graph = graph | (effects.abs() > 0.01)  # for the charts alone; all other actions would cost far more
         else:

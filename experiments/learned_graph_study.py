@@ -450,7 +450,7 @@ def study_effects(env_id, data, frames, stages, seed):
     for start in range(0, len(data.effects), ITERATION):
         end = start + ITERATION
         steps = take(data, slice(start, end))
-        learned.append(cdg.forward_effects(model, steps.obs, steps.actions))
+        learned.append(cdg.forward_effects(model, steps.obs, steps.actions, steps.rewards))
         seen = {name: part[:end] for name, part in data.steps._asdict().items()}
         replay.load_state_dict(seen | {"added": end})
         cdg.update_forward_model(model, optimizer, replay)

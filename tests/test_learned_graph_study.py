@@ -209,10 +209,11 @@ def test_effects_are_scored_before_they_are_learned_from(monkeypatch, recorded):
     """Each iteration by the model of the one before; learned effects that are the truth leave no error."""
     calls = []
 
-    def effects(model, obs, actions):
+    def effects(model, obs, actions, rewards):
         calls.append("score")
         start = 500 * (len(calls) // 2)
         assert torch.equal(obs, recorded.steps.obs[start : start + 500].float())
+        assert torch.equal(rewards, recorded.steps.rewards[start : start + 500])
         return recorded.effects[start : start + 500]
 
     def update(model, optimizer, replay):
