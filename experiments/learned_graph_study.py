@@ -4,6 +4,7 @@
     python experiments/learned_graph_study.py --table-only    # the tables, from results/learned_*_study.csv
     python experiments/learned_graph_study.py --tasks Foraging-8x8-2p-4f-coop-v3 --output study \
         --checkpoint experiments/trained/mappo_dg_8x8-2p-4f-coop.pt
+    python experiments/learned_graph_study.py --runs runs/A runs/B      # what --graph learned has learned in these runs
 
 i influences j iff another action of i would have changed what became of j. A forward model predicts what becomes of j
 from observations and actions. The score of an edge is how far that prediction moves when i's action is exchanged: the
@@ -24,11 +25,10 @@ Models (o: observation, a: action):
     raw X               an MLP from o^j, o^i and the one-hot a^j, a^i to the outcome X, see Raw
     relational          mappo_cdg_lbf.py's ForwardModel: agents and foods are entities
 Unless it says otherwise: 8 gradient steps of 128 time steps an iteration, drawn from all that was recorded before.
-"relational, half rewarded" is what --graph learned trains.
 
-Effects (how much more j is rewarded than if i did nothing): the script's forward_effects after its own
-update_forward_model, against the simulator's. The relative error is the sum of the errors over the sum of the true
-effects: 0 if exact, 1 if all effects are taken for 0. A part of it comes from the pairs that have no effect.
+Effects (how much more j is rewarded than if i did nothing): what --graph learned has, the script's forward_effects
+after its own update_forward_model, against the simulator's. The relative error is the sum of the errors over the sum of
+the true effects: 0 if exact, 1 if all effects are taken for 0. A part of it comes from the pairs that have no effect.
 
 What came out: see docs/counterfactual.md. results/learned_graph_study.csv was made at commit cfe8649, one seed, but
 for the rows "relational, half rewarded", which are this file's. The other rows "relational" come from a class that this
@@ -67,6 +67,7 @@ THRESHOLDS = 0.05, 0.1, 0.2, 0.3, 0.5
 GRAPHS = "move", "reward", "private", "shared"
 EFFECT_SEEDS = 1, 2, 3
 SHIPPED = cdg.Args()  # the settings of --graph learned
+SHIPPED_NAME = "--graph learned"
 GRAPH_COLUMNS = ["task", "model", "stage", "frames", "rewarded_steps", "seconds", "graph", "outcome", "pairs"]
 GRAPH_COLUMNS += ["base_rate", "average_precision", "auc", *(f"recall_{threshold}" for threshold in THRESHOLDS)]
 EFFECT_COLUMNS = ["task", "model", "seed", "stage", "frames", "rewarded_steps", "seconds", "pairs", "affected_pairs"]
@@ -80,13 +81,15 @@ class Args:
     tasks: tuple[str, ...] = TASKS
     """ids of the tasks, in which everybody must observe all cells and levels"""
     configs: tuple[str, ...] = ()
-    """names in CONFIGS; if not given, all"""
+    """names in CONFIGS, or effects; if not given, all"""
     output: Path = RESULTS
     """folder of learned_graph_study.csv and learned_effects_study.csv: what they hold is not run again"""
     checkpoint: Path | None = None
     """a checkpoint of an LBF script, trained on the one task that is given: its policy plays the last stage"""
     table_only: bool = False
     """run nothing"""
+    runs: tuple[Path, ...] = ()
+    """folders of runs of mappo_cdg_lbf.py --graph learned: measure the models that they have trained, no others"""
 
 
 # RECORDING
@@ -148,16 +151,16 @@ class Record(NamedTuple):
     num_cells: int  # of the longer side of the board
 
 
-def record(env_id, frames, checkpoint=None, seed=1):
-    """Play every stage for so many frames -> Record."""
+def record(env_id, frames, checkpoint=None, seed=1, stages=STAGES):
+    """Play every stage for so many frames, the last one by the policy of the checkpoint if there is one -> Record."""
     env = cdg.make_env(env_id, "coop" in env_id, seed)
     rng = np.random.default_rng(seed)
     act = trained_policy(checkpoint, env) if checkpoint else None
     obs, _ = env.reset()
     unknown = np.zeros((len(GRAPHS), env.n_agents, env.n_agents), bool)
     rows = []
-    for stage, skill in STAGES.items():
-        trained = act and stage == list(STAGES)[-1]
+    for stage, skill in stages.items():
+        trained = act and stage == list(stages)[-1]
         for _ in range(frames):
             actions = act(obs, rng) if trained else towards_food(env, skill, rng)
             graphs = unknown if len(rows) // ITERATION % TRUTH_EVERY else true_edges(env, actions)
@@ -356,7 +359,6 @@ def raw(outcome):
 
 
 ALL = 10**6  # iterations
-SHIPPED_CONFIG = "relational, half rewarded"
 # name -> model, steps per iteration, replayed iterations, share of each batch that is drawn from rewarded steps
 CONFIGS = {
     "reverse": (Reverse, 1, 0, 0.0),
@@ -367,7 +369,7 @@ CONFIGS = {
     "raw latent": (raw("latent"), 8, ALL, 0.0),
     "raw classes": (raw("classes"), 8, ALL, 0.0),
     "relational": (relational, 8, ALL, 0.0),
-    SHIPPED_CONFIG: (relational, 8, ALL, 0.5),
+    "relational, half rewarded": (relational, 8, ALL, 0.5),
     "relational, 1 step": (relational, 1, ALL, 0.0),
     "relational, no replay": (relational, 8, 1, 0.0),
     "relational, 3 models": (lambda data: Ensemble([relational(data) for _ in range(3)], doubt=1.0), 8, ALL, 0.0),
@@ -455,7 +457,7 @@ def study_effects(env_id, data, frames, stages, seed):
         replay.load_state_dict(seen | {"added": end})
         cdg.update_forward_model(model, optimizer, replay)
         if 2 * end % frames == 0:
-            row = {"task": env_id, "model": SHIPPED_CONFIG, "seed": seed, "stage": stages[start // frames]}
+            row = {"task": env_id, "model": SHIPPED_NAME, "seed": seed, "stage": stages[start // frames]}
             row |= {"frames": end, "rewarded_steps": np.searchsorted(rewarded, end)}
             row["seconds"] = time.process_time() - began
             rows.append(row | measure_effects(torch.cat(learned), data.effects[end - frames // 2 : end]))
@@ -479,6 +481,33 @@ def measure_effects(learned, truth):
         "relative_error": float(error.sum()) / size,
         "unaffected_error": float(error[~affected].sum()) / size,
     }
+
+
+def study_run(path, frames=10_000):
+    """What a run of --graph learned has learned, on so many frames of its own play -> one row; UserError if not such.
+
+    Average precision and AUC of the edges in move and reward (forward_graph's), and of the pairs with effects, the
+    errors of these.
+    """
+    path, checkpoint = load_checkpoint(path)
+    settings = checkpoint["args"]
+    if checkpoint["script"] != "mappo_cdg_lbf" or settings["graph"] != "learned":
+        raise UserError(f"{path} is no run of mappo_cdg_lbf.py --graph learned")
+    env_id = settings["env_id"]
+    data = record(env_id, frames, checkpoint, seed=1000 + settings["seed"], stages={"trained": 1.0})
+    model = Forward(Relational(data))
+    model.network.model.load_state_dict(checkpoint["models"])
+    pooled, learned = [], []
+    for start in range(0, frames, ITERATION):
+        steps = take(data, slice(start, start + ITERATION))
+        learned.append(cdg.forward_effects(model.network.model, steps.obs, steps.actions, steps.rewards))
+        if start // ITERATION % TRUTH_EVERY == 0:
+            pooled.append((model.scores(steps), data.graphs[start : start + ITERATION]))
+    row = {"task": env_id, "seed": settings["seed"], "frames": checkpoint["global_step"]}
+    measured = measure_graphs(pooled, row)
+    private = next(row for row in measured if row["graph"] == "private" and row["outcome"] == "move+reward")
+    row |= {name: private[name] for name in ("base_rate", "average_precision", "auc")}
+    return row | measure_effects(torch.cat(learned), data.effects)
 
 
 # TABLES
@@ -548,7 +577,7 @@ def effects_table(table):
             if len(numbers):
                 line[head] = f"{short(numbers.mean())} ({short(numbers.min())} to {short(numbers.max())})"
         lines.append(line)
-    title = f"Effects, {SHIPPED_CONFIG}. Mean (smallest to largest) of {table.seed.nunique()} seeds."
+    title = f"Effects, {SHIPPED_NAME}. Mean (smallest to largest) of {table.seed.nunique()} seeds."
     return f"{title}\n\n{markdown(pd.DataFrame(lines))}"
 
 
@@ -560,9 +589,10 @@ def check_args(args):
         raise UserError(f"--frames must be a multiple of {2 * half}, not {args.frames}")
     if args.frames != Args.frames and args.output == Args.output:
         raise UserError("--frames needs --output: other stages must not be mixed with the committed ones")
-    unknown = [config for config in args.configs if config not in CONFIGS]
+    known = *CONFIGS, "effects"
+    unknown = [config for config in args.configs if config not in known]
     if unknown:
-        raise UserError(f"no config {unknown[0]!r}; there are {', '.join(CONFIGS)}")
+        raise UserError(f"no config {unknown[0]!r}; there are {', '.join(known)}")
     for env_id in args.tasks:
         try:
             cdg.check_observations(cdg.make_env(env_id))
@@ -598,7 +628,7 @@ def run(args, checkpoint, graphs_csv, effects_csv):
     if checkpoint:
         stages[-1] = "trained"
     end = stages[-1], args.frames * len(stages)
-    configs = args.configs or tuple(CONFIGS)
+    configs = args.configs or (*CONFIGS, "effects")
     done = read_table(graphs_csv, GRAPH_COLUMNS)
     done = set(done[["task", "model", "stage", "frames"]].itertuples(index=False, name=None))
     done_effects = read_table(effects_csv, EFFECT_COLUMNS)
@@ -606,13 +636,13 @@ def run(args, checkpoint, graphs_csv, effects_csv):
     for env_id in args.tasks:
         data = None
         for config in configs:
-            if (env_id, config, *end) in done:
+            if config == "effects" or (env_id, config, *end) in done:
                 continue
             data = data or record(env_id, args.frames, checkpoint)
             rows = study_graphs(env_id, config, data, args.frames, stages)
             add_rows(graphs_csv, GRAPH_COLUMNS, rows)
             print(f"{env_id}: {config}, {rows[-1]['seconds']:.0f} s", flush=True)
-        for seed in EFFECT_SEEDS if SHIPPED_CONFIG in configs else ():
+        for seed in EFFECT_SEEDS if "effects" in configs else ():
             if (env_id, seed, *end) in done_effects:
                 continue
             data = record(env_id, args.frames, checkpoint, seed)
@@ -624,6 +654,10 @@ def run(args, checkpoint, graphs_csv, effects_csv):
 def main(args):
     """Run what is missing, print the tables; raises UserError."""
     torch.set_num_threads(1)
+    if args.runs:
+        table = pd.DataFrame([study_run(path) for path in args.runs])
+        print(markdown(table.map(lambda x: short(x) if isinstance(x, float) else x)))
+        return
     checkpoint = check_args(args)
     graphs_csv = args.output / "learned_graph_study.csv"
     effects_csv = args.output / "learned_effects_study.csv"
