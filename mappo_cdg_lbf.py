@@ -187,6 +187,23 @@ def check_graph_args(args):
     check_range("forward_learning_rate", args.forward_learning_rate, 0)
     if args.graph == "learned":
         check_observations(make_env(args.env_id))
+    counterfactual = args.graph in ("simulator", "learned")
+    has_effect = {
+        "negative_effects": args.advantage == "difference",
+        "c": args.graph == "reverse",
+        "graph_p": args.graph == "random",
+        "shared_food": counterfactual and args.advantage != "difference",
+        "edge_threshold": args.graph == "learned" and args.advantage != "difference",
+        "replay_size": args.graph == "learned",
+        "forward_learning_rate": args.graph == "learned",
+        "soft": args.advantage == "published",
+        "encoder": args.graph == "reverse",
+        "bf16": args.graph == "reverse",
+    }
+    for name, relevant in has_effect.items():
+        if getattr(args, name) != getattr(Args, name) and not relevant:
+            # a sweep over it would be one run, many times
+            raise UserError(f"{name} has no effect with --graph {args.graph} --advantage {args.advantage}")
 
 
 # ENVIRONMENT

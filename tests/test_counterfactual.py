@@ -579,7 +579,7 @@ SMALL = ["--env-id", "Foraging-6x6-3p-2f-v3", "--no-winner-take-all", "--num-env
 SMALL += ["--eval-interval", 300, "--eval-episodes", 5, "--checkpoint-interval", 300]
 VARIANTS = [["--graph", graph] for graph in ("simulator", "learned", "reverse", "random", "complete", "identity")]
 VARIANTS += [["--advantage", advantage] for advantage in ("pairwise", "published")]
-VARIANTS += [["--shared-food"], ["--graph", "learned", "--shared-food", "--edge-threshold", 0.1]]
+VARIANTS += [["--advantage", "pairwise", "--graph", "learned", "--shared-food", "--edge-threshold", 0.1]]
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda options: " ".join(map(str, options)))
@@ -621,6 +621,30 @@ def test_a_learned_graph_needs_to_see_everything(tmp_path):
     done = run_inside(SCRIPT, "--env-id", "Foraging-2s-8x8-2p-2f-v3", "--graph", "learned", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "observes all" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--c", 0.5],
+        ["--graph", "complete", "--graph-p", 0.3],
+        ["--shared-food"],
+        ["--graph", "reverse", "--advantage", "published", "--shared-food"],
+        ["--graph", "learned", "--edge-threshold", 0.1],
+        ["--advantage", "pairwise", "--no-negative-effects"],
+        ["--replay-size", 500],
+        ["--forward-learning-rate", 0.1],
+        ["--no-soft"],
+        ["--no-encoder"],
+        ["--bf16"],
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_a_setting_that_has_no_effect_is_refused(options, tmp_path):
+    """Else a sweep over it would be one run, many times."""
+    done = run_inside(SCRIPT, *options, cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not (tmp_path / "runs").exists()
+    assert "has no effect with --graph" in done.stderr
 
 
 @pytest.mark.parametrize(
