@@ -1072,7 +1072,7 @@ def multi_agent_gae(rewards, values, terminated, alive, graph, gamma, gae_lambda
 
 
 def pairwise_targets(rewards, pair_values, terminated, alive, graph, gamma, gae_lambda):
-    """What j earns from the first meeting of i and j on, as a lambda-return: the target of W[i, j] (PairCritic).
+    """What j earns from the first meeting of i and j on, as a lambda-return: the target of a pair's value, W[i, j].
 
         C_t[i, j] = R^j_t                                          if i influences j at t, and always if i = j
         C_t[i, j] = gamma ((1 - lambda) W[k, j](s_t+1) + lambda C_t+1[k, j])                         otherwise

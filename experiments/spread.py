@@ -2,16 +2,19 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.4,<=2.13.0", "numpy", "tyro", "tensorboard", "tqdm"]
 # ///
-"""MAPPO and IPPO with the known dependence graph, local or global rewards on star-spread (arXiv 2601.21523, version 2).
+"""MAPPO and IPPO with dependence graphs, local or global rewards on star-spread (arXiv 2601.21523, version 2).
 
 Agents move in the plane. Each leaf is paid for being near any landmark, the hub (agent 0) for every landmark that has
-an agent near it: so every agent influences the hub and itself, and nobody else.
+an agent near it: so every agent influences the hub and itself, and nobody else. The default is this known graph. The
+authors' own runs learn it, in spite of a comment in their code: --graph learned, without an encoder as theirs.
+Settings that the paper leaves open are those of the authors' code of July 2026.
 
     python experiments/spread.py --algorithm ippo --credit dg --env-id star-spread-5
+    python experiments/spread.py --algorithm ippo --credit dg --graph learned
     python experiments/spread.py --algorithm mappo --credit global --env-id star-spread-20 --seed 2
 
 Axes are (T, E, N, ...): time step, environment, agent. A pair is (..., i, j): i is the influencer, j the influenced.
-B: all steps in one row; D: observation size; A: actions.
+B: all steps in one row; D: observation size; A: actions; Z: latent size, which is D without an encoder.
 """
 
 import contextlib
@@ -59,7 +62,7 @@ class Args:
     algorithm: Literal["mappo", "ippo"] = "ippo"
     """what the critic sees: the positions of all agents (mappo) or each agent's own observation (ippo)"""
     credit: Literal["dg", "local", "global"] = "dg"
-    """an agent learns from the rewards it can have influenced by the known graph, from its own, or from the team's"""
+    """an agent learns from the rewards it can have influenced by the graph, from its own, or from the team's"""
     env_id: str = "star-spread-5"
     """star-spread-N: N agents, the hub included, and N landmarks"""
     total_timesteps: int = 5_000_000
@@ -73,10 +76,12 @@ class Args:
     eval_greedy: bool = False
     """evaluate with the most likely actions instead of sampled ones"""
 
-    hidden_dim: int = 128
+    hidden_dim: int = 64
     """units of each hidden layer of policy and critic"""
     learning_rate: float = 5e-4
     """learning rate of every Adam"""
+    adam_eps: float = 1e-5
+    """epsilon of every Adam (the authors have PyTorch's 1e-8)"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -84,17 +89,24 @@ class Args:
     update_epochs: int = 4
     """gradient steps per iteration, each on the whole batch"""
     norm_reward: bool = True
-    """standardise the rewards that agents learn from; evaluations report the raw ones"""
-    norm_adv: bool = False
+    """standardise the rewards that agents learn from, on one scale for all; evaluations report the raw ones"""
+    norm_adv: bool = True
     """normalise the advantages"""
     clip_coef: float = 0.2
     """PPO's clipping coefficient"""
-    ent_coef: float = 0.001
+    ent_coef: float = 0.01
     """coefficient of the entropy bonus"""
     max_grad_norm: float = 10.0
     """largest norm of the policy's and of the critic's gradient"""
+
+    advantage: Literal["published", "pairwise"] = "published"
+    """--credit dg: published: the paper's, pairwise: values of pairs from the meeting on"""
+    c: float = 0.9
+    """--graph learned: entropy-ratio threshold of an edge, 0: no edges, 1: most"""
+    graph: Literal["known", "learned"] = "known"
+    """--credit dg: the true graph, or the paper's, learned on raw observations (time and memory grow with N^2)"""
     soft: bool = True
-    """mix hard path weights with lambda (robust to a noisy graph); --no-soft: hard weights"""
+    """--advantage published: count the share 1 - gae_lambda of all TD errors at once; --no-soft: none"""
 
 
 class UserError(Exception):
@@ -104,12 +116,14 @@ class UserError(Exception):
 def check_args(args):
     """Raise UserError for the first setting that makes no sense."""
     counts = "total_timesteps num_envs eval_interval eval_episodes update_epochs hidden_dim num_threads"
-    amounts = "seed checkpoint_interval learning_rate clip_coef ent_coef max_grad_norm"
-    fractions = "gamma gae_lambda"
+    amounts = "seed checkpoint_interval learning_rate adam_eps clip_coef ent_coef max_grad_norm"
+    fractions = "gamma gae_lambda c"
     for names, low, high in ((counts, 1, torch.inf), (amounts, 0, torch.inf), (fractions, 0, 1)):
         for name in names.split():
             if not low <= getattr(args, name) <= high:
                 raise UserError(f"{name} must lie in [{low}, {high}], not {getattr(args, name)}")
+    if args.credit != "dg" and (args.graph != "known" or args.advantage != "published"):
+        raise UserError(f"--graph and --advantage are for --credit dg: --credit {args.credit} has no graph")
     make_env(args.env_id, 1)
     if args.total_timesteps < (frames := args.num_envs * StarSpread.episode_length):
         raise UserError(f"total_timesteps is {args.total_timesteps}, below one iteration ({frames} frames)")
@@ -121,16 +135,17 @@ class StarSpread:
 
     Hub (agent 0): minus the sum over landmarks of the distance to the nearest agent. Leaf: minus its distance to the
     nearest landmark. Each agent's reward has Gaussian noise of standard deviation `noise`. Episodes start uniformly in
-    [-1, 1]^2 and are cut after 50 steps, which is no terminal state.
+    [-1, 1]^2, which nobody can leave, and are cut after 50 steps, which is no terminal state.
     """
 
-    # the paper leaves the moves open: our step of 0.1 crosses the square in 20 of the 50 steps, nothing stops an agent
-    moves = 0.1 * np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])  # stay, west, east, south, north
+    directions = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])  # stay, west, east, south, north
     episode_length = 50
 
     def __init__(self, num_agents, num_envs, seed=0, noise=1.0):
         self.N, self.E, self.noise = num_agents, num_envs, noise
-        self.D, self.A = 4 * num_agents + 2, len(self.moves)
+        self.D, self.A = 4 * num_agents + 2, len(self.directions)
+        # as in the authors' code, and so is the border: the paper says nothing of either
+        self.step_size = 0.05 if num_agents > 30 else 0.1
         angle = 2 * np.pi * np.arange(num_agents) / num_agents
         self.landmarks = 0.7 * np.stack([np.cos(angle), np.sin(angle)], -1)  # (N, 2)
         self.np_random = np.random.default_rng(seed)
@@ -142,7 +157,7 @@ class StarSpread:
 
     def step(self, actions):
         """Move every agent: actions (E, N) of 0..4 -> observations (E, N, D) and rewards (E, N) after the move."""
-        self.positions += self.moves[actions]
+        self.positions = np.clip(self.positions + self.step_size * self.directions[actions], -1, 1)
         squared = sum((self.positions[:, :, None, xy] - self.landmarks[:, xy]) ** 2 for xy in (0, 1))  # (E, N, N)
         rewards = -np.sqrt(squared.min(2))  # of each agent to the nearest landmark
         rewards[:, 0] = -np.sqrt(squared.min(1)).sum(-1)  # of each landmark to the nearest agent
@@ -172,21 +187,22 @@ def known_graph(num_agents):
 
 
 class RunningStandardisation(nn.Module):
-    """Rewards minus their mean, divided by their standard deviation, per agent and over all of training so far.
+    """Rewards minus their mean, divided by their standard deviation, over all agents and all of training so far.
 
-    This is EPyMARL's `standardise_rewards`: the batch (T, E, N) first updates mean and variance (Chan et al. 1983).
+    One scale for all, as in the authors' DG: with one per agent the hub, whose rewards vary most, would count for
+    less in a sum over agents. The batch (T, E, N) first updates mean and variance (Chan et al. 1983).
     """
 
-    def __init__(self, num_agents):
+    def __init__(self):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(num_agents, dtype=torch.double))
-        self.register_buffer("var", torch.ones(num_agents, dtype=torch.double))
+        self.register_buffer("mean", torch.tensor(0.0, dtype=torch.double))
+        self.register_buffer("var", torch.tensor(1.0, dtype=torch.double))
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.double))
 
     def forward(self, rewards):
-        batch = rewards.flatten(0, 1).double()  # (T E, N)
-        count, gap = self.count + len(batch), batch.mean(0) - self.mean
-        squares = self.var * self.count + batch.var(0, correction=0) * len(batch)
+        batch = rewards.flatten().double()
+        count, gap = self.count + len(batch), batch.mean() - self.mean
+        squares = self.var * self.count + batch.var(correction=0) * len(batch)
         self.var = (squares + gap**2 * self.count * len(batch) / count) / count
         self.mean, self.count = self.mean + gap * len(batch) / count, count
         return ((rewards - self.mean) / self.var.sqrt().clamp(min=1e-8)).float()
@@ -214,14 +230,17 @@ class AgentNetwork(nn.Module):
 
 
 class OwnCritic(AgentNetwork):
-    """Decentralised critic: each agent's value from its own observation, (..., N, D) -> (..., N)."""
+    """Decentralised critic: each agent's values from its own observation, (..., N, D) -> (..., N).
+
+    With N outputs instead of one (--advantage pairwise): W[i, j], (..., N_i, N_j), j's later return as i sees it.
+    """
 
     def forward(self, obs):
-        return super().forward(obs).squeeze(-1)
+        return super().forward(obs).squeeze(-1)  # of size 1, if there is one value per agent
 
 
 class StateCritic(AgentNetwork):
-    """Centralised critic: each agent's value from the state, (..., N, D) -> (..., N).
+    """Centralised critic: the same from the state.
 
     The state is what the hub observes, all landmarks and positions (4 N): N padded observations would be 4 N^2 + 2 N.
     """
@@ -233,9 +252,173 @@ class StateCritic(AgentNetwork):
 def make_networks(args, env):
     """Policy and critic for the environment."""
     actor = AgentNetwork(env.D, env.N, args.hidden_dim, env.A)
+    num_values = env.N if args.advantage == "pairwise" else 1
     if args.algorithm == "mappo":
-        return actor, StateCritic(env.D - 2, env.N, args.hidden_dim, 1)
-    return actor, OwnCritic(env.D, env.N, args.hidden_dim, 1)
+        return actor, StateCritic(env.D - 2, env.N, args.hidden_dim, num_values)
+    return actor, OwnCritic(env.D, env.N, args.hidden_dim, num_values)
+
+
+def gradient_step(optimizer, loss, name, max_grad_norm=torch.inf):
+    """One step of the optimizer; UserError if the loss or its gradient is not finite."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    if not (loss.isfinite() and norm.isfinite()):
+        raise UserError(f"{name} is {loss.item()} and the norm of its gradient {norm.item()}")
+    optimizer.step()
+
+
+# DEPENDENCE GRAPH
+def mlp(*sizes):
+    """Layers of the given sizes; each hidden one is Linear -> ReLU -> LayerNorm."""
+    layers = [nn.Linear(sizes[0], sizes[1])]
+    for n_in, n_out in zip(sizes[1:], sizes[2:]):
+        layers += [nn.ReLU(), nn.LayerNorm(n_in), nn.Linear(n_in, n_out)]
+    return nn.Sequential(*layers)
+
+
+class ReverseModel(nn.Module):
+    """q_psi(a^i | z^j, z'^j, z^i): logits of i's action, told from j's transition; z' is the next step's z.
+
+    It is mlp(3 * Z, 256, 128, 128, A) on every pair of agents, the first layer split to save time.
+    """
+
+    def __init__(self, latent_dim, num_actions):
+        super().__init__()
+        self.input = nn.Linear(3 * latent_dim, 256)  # of [z^j, z'^j, z^i]
+        self.head = nn.Sequential(nn.ReLU(), nn.LayerNorm(256), mlp(256, 128, 128, num_actions))
+
+    def forward(self, z, z_next):
+        """z and z_next (B, N, Z) -> (B, N_i, N_j, A)."""
+        # the widest layer is computed once per agent and added per pair
+        latent_dim = z.shape[-1]
+        influenced_weight = self.input.weight[:, : 2 * latent_dim]
+        influencer_weight = self.input.weight[:, 2 * latent_dim :]
+        influenced = torch.cat([z, z_next], -1) @ influenced_weight.T  # (B, N_j, 256)
+        influencer = z @ influencer_weight.T + self.input.bias  # (B, N_i, 256)
+        # (B, N_i, 1, 256) + (B, 1, N_j, 256)
+        return self.head(influencer.unsqueeze(-2) + influenced.unsqueeze(-3))
+
+
+class GraphLogits(NamedTuple):
+    """What the graph models predict of a^i."""
+
+    single_reverse_model: torch.Tensor  # (B, N, A)
+    action_predictor: torch.Tensor  # (B, N, A)
+    reverse_model: torch.Tensor
+
+
+class GraphModels(nn.Module):
+    """The networks behind the learned graph.
+
+    encoder               z = f(o), so that merely seeing another agent gives no edge
+    single_reverse_model  q(a^i | z^i, z'^i): trains the encoder to keep what actions change; no other use
+    action_predictor      q_phi(a^i | z^i)
+    reverse_model         q_psi(a^i | z^j, z'^j, z^i) for all pairs (i, j), i = j included
+    """
+
+    def __init__(self, obs_dim, num_actions, encoder=True, bf16=False, latent_dim=64):
+        super().__init__()
+        self.bf16 = bf16
+        if encoder:
+            self.encoder = mlp(obs_dim, 64, 64, latent_dim)
+        else:
+            self.encoder = nn.Identity()
+            latent_dim = obs_dim
+        self.single_reverse_model = mlp(2 * latent_dim, 256, 128, 128, num_actions)
+        self.action_predictor = mlp(latent_dim, 256, 128, 128, num_actions)
+        self.reverse_model = ReverseModel(latent_dim, num_actions)
+
+    def forward(self, obs, alive):
+        """obs (T+1, E, N, D), alive (T, E) -> GraphLogits of the steps that took place."""
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+            latent = self.encoder(obs)  # (T+1, E, N, Z)
+            z = latent[:-1][alive]  # (B, N, Z)
+            z_next = latent[1:][alive]
+            single = self.single_reverse_model(torch.cat([z, z_next], -1))
+            # the two others do not train the encoder
+            z = z.detach()
+            z_next = z_next.detach()
+            predictor = self.action_predictor(z)
+            reverse = self.reverse_model(z, z_next)
+        return GraphLogits(single.float(), predictor.float(), reverse.float())
+
+
+def entropy(logits):
+    """Entropy in nats of the distributions with these logits, (..., A) -> (...)."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def other_agents(graph):
+    """The pairs (N_i, N_j) bool with i != j, where graph is any tensor (..., N_i, N_j)."""
+    return ~torch.eye(graph.shape[-1], dtype=torch.bool, device=graph.device)
+
+
+def learned_graph(predictor_logits, reverse_logits, c):
+    """i -> j iff H(q_psi(a^i | z^j, z'^j, z^i)) < c H(q_phi(a^i | z^i)), or i = j; H: entropy in nats.
+
+    That is: to know what became of j tells something about what i did. Logits (B, N, A) and
+    (B, N_i, N_j, A) -> graph (B, N_i, N_j) bool and, to be logged, the entropies' means and their ratio,
+    those of q_psi over the pairs i != j, which alone decide anything.
+    """
+    predictor_entropy = entropy(predictor_logits.detach())  # (B, N)
+    reverse_entropy = entropy(reverse_logits.detach())  # (B, N_i, N_j)
+    graph = reverse_entropy < c * predictor_entropy.unsqueeze(-1)
+    graph.diagonal(dim1=-2, dim2=-1).fill_(True)
+    reverse_mean = reverse_entropy[:, other_agents(graph)].mean()
+    statistics = {
+        "predictor_entropy": predictor_entropy.mean(),
+        "reverse_entropy_others": reverse_mean,
+        "entropy_ratio_others": reverse_mean / predictor_entropy.mean(),
+    }
+    return graph, statistics
+
+
+def graph_statistics(graph, oracle):
+    """Edges per agent besides itself, precision and recall against the oracle's edges; graphs (B, N, N)."""
+    others = other_agents(graph)
+    edges = (graph & others).sum()
+    oracle_edges = (oracle & others).sum()
+    correct = (graph & oracle & others).sum()
+    return {
+        "edges_per_agent": edges / graph[..., 0].numel(),
+        "oracle_precision": correct / edges.clamp(min=1),
+        "oracle_recall": correct / oracle_edges.clamp(min=1),
+    }
+
+
+def cross_entropy(logits, actions):
+    """Mean cross-entropy of predicted actions; logits (..., A), actions (...)."""
+    return nn.functional.cross_entropy(logits.flatten(0, -2), actions.flatten())
+
+
+def accuracy(logits, actions):
+    """Fraction of the actions that are the most likely ones; logits (..., A), actions (...)."""
+    return (logits.argmax(-1) == actions).float().mean()
+
+
+def update_graph_models(logits, actions, optimizer):
+    """One step on the cross-entropy of each prediction of a^i; actions (B, N) -> losses and accuracies."""
+    # the target of a pair (i, j) is a^i
+    pair_actions = actions.unsqueeze(-1).expand(logits.reverse_model.shape[:-1])
+    others = other_agents(pair_actions)
+    single_loss = cross_entropy(logits.single_reverse_model, actions)
+    predictor_loss = cross_entropy(logits.action_predictor, actions)
+    reverse_loss = cross_entropy(logits.reverse_model, pair_actions)
+    # one sum, one Adam: no two of the losses share a weight and Adam treats every weight by itself
+    loss = single_loss + predictor_loss + reverse_loss
+    names = "single_reverse_model_loss + action_predictor_loss + reverse_model_loss"
+    gradient_step(optimizer, loss, names)
+    return {
+        "single_reverse_model_loss": single_loss.detach(),
+        "single_reverse_model_accuracy": accuracy(logits.single_reverse_model, actions),
+        "action_predictor_loss": predictor_loss.detach(),
+        "action_predictor_accuracy": accuracy(logits.action_predictor, actions),
+        "reverse_model_loss": reverse_loss.detach(),
+        # i = j is easier
+        "reverse_model_accuracy_others": accuracy(logits.reverse_model[:, others], pair_actions[:, others]),
+    }
 
 
 # ADVANTAGES
@@ -305,6 +488,76 @@ def multi_agent_gae(rewards, values, terminated, alive, graph, gamma, gae_lambda
     return (1 - gae_lambda) * own.sum(-1, keepdim=True) + gae_lambda * hard
 
 
+def pairwise_targets(rewards, pair_values, terminated, alive, graph, gamma, gae_lambda):
+    """What j earns from the first meeting of i and j on, as a lambda-return: the target of a pair's value, W[i, j].
+
+        C_t[i, j] = R^j_t                                          if i influences j at t, and always if i = j
+        C_t[i, j] = gamma ((1 - lambda) W[k, j](s_t+1) + lambda C_t+1[k, j])                         otherwise
+
+    R^j is agent j's own lambda-return; k is the agent that i influences at t which meets j first (ties: i itself,
+    then the lowest index). With lambda = 1 this is the sum of gamma^(t' - t) r^j_t' over t' >= m_t[i, j].
+
+    Shapes as in gae and meeting_times; pair_values (T+1, E, N, N) -> (T, E, N_i, N_j), 0 in the padding. An episode
+    that ends without `terminated` bootstraps from the value after its last step.
+    """
+    T, _, N = rewards.shape
+    eye = torch.eye(N, dtype=torch.bool, device=graph.device)
+    graph = graph | eye
+    own_values = pair_values.diagonal(dim1=-2, dim2=-1)  # (T+1, E, N), W[j, j]
+    own_returns = gae(rewards, own_values, terminated, alive, gamma, gae_lambda) + own_values[:-1]  # R^j
+    direct = own_returns.unsqueeze(-2).masked_fill(~(graph & alive[..., None, None]), 0.0)  # (T, E, N_i, N_j)
+
+    via = first_to_meet(graph, meeting_times(graph, alive))  # (T, E, N_i, N_j), k
+    later = (alive & ~terminated)[..., None, None] & ~graph  # where the second line holds and is not 0
+    last_step = torch.cat([~alive[1:], torch.ones_like(alive[:1])])[..., None, None]
+    next_values = pair_values[1:].gather(-2, via)  # W[k, j](s_t+1)
+    bootstrapped = gamma * torch.where(last_step, 1.0, 1 - gae_lambda) * next_values
+    targets = torch.where(later, bootstrapped, direct)
+    discount = gamma * gae_lambda * (later & ~last_step)
+    next_targets = torch.zeros_like(targets[0])  # C_t+1
+    for t in reversed(range(T)):
+        next_targets = targets[t].addcmul_(discount[t], next_targets.gather(-2, via[t]))
+    return targets
+
+
+def first_to_meet(graph, meeting):
+    """The agent k that i influences at t with the smallest m_t+1[k, j]; ties: i itself, then the lowest index.
+
+    graph (T, E, N, N) bool with ones on the diagonal, meeting (T, E, N, N) -> (T, E, N_i, N_j) int64.
+    """
+    T, _, N, _ = graph.shape
+    eye = torch.eye(N, dtype=torch.bool, device=graph.device)
+    next_meeting = torch.cat([meeting[1:], torch.full_like(meeting[:1], T)]).clamp(max=T)  # T for never
+    # one minimum finds the time and the agent: rank 0 is i itself, rank k + 1 is k
+    rank = torch.arange(1.0, N + 1, device=graph.device).masked_fill(eye, 0.0)  # (N_i, N_k)
+    rank = rank.masked_fill(~graph, torch.inf)  # (T, E, N_i, N_k)
+    first = ((N + 1) * next_meeting.unsqueeze(-3) + rank.unsqueeze(-1)).amin(-2) % (N + 1)
+    itself = torch.arange(1.0, N + 1, device=graph.device).unsqueeze(-1)
+    return torch.where(first == 0, itself, first).long() - 1
+
+
+def credit(args, rewards, values, graph):
+    """Every agent's advantage (T, E, N), and the critic's targets, shaped as its values.
+
+        local, global: GAE of the rewards, which are each agent's own or the team's
+        published:     multi_agent_gae
+        pairwise:      sum_j (C[i, j] - W[i, j]), see pairwise_targets
+
+    rewards (T, E, N), values (T+1, E, N), pairwise (T+1, E, N_i, N_j), graph (T, E, N_i, N_j).
+    """
+    alive = torch.ones(rewards.shape[:2], dtype=torch.bool, device=rewards.device)  # (T, E): no episode ends before T,
+    experience = (rewards, values, ~alive, alive)  # and none in a terminal state
+    discounts = (args.gamma, args.gae_lambda)
+    if args.advantage == "pairwise":
+        targets = pairwise_targets(*experience, graph, *discounts)
+        return (targets - values[:-1]).sum(-1), targets
+    advantages = gae(*experience, *discounts)
+    value_targets = advantages + values[:-1]  # they ignore the graph
+    if args.credit == "dg":
+        advantages = multi_agent_gae(*experience, graph, *discounts, args.soft)
+    return advantages, value_targets
+
+
 # ROLLOUT
 @torch.no_grad()
 def collect(env, actor, device, greedy=False):
@@ -328,16 +581,6 @@ def collect(env, actor, device, greedy=False):
 
 
 # PPO UPDATE
-def gradient_step(optimizer, loss, name, max_grad_norm=torch.inf):
-    """One step of the optimizer; UserError if the loss or its gradient is not finite."""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
-    if not (loss.isfinite() and norm.isfinite()):
-        raise UserError(f"{name} is {loss.item()} and the norm of its gradient {norm.item()}")
-    optimizer.step()
-
-
 class Batch(NamedTuple):
     """What the policy and the critic learn from: the steps that took place."""
 
@@ -455,6 +698,27 @@ def write_atomically(path, data):
             raise
 
 
+def parse_args(script):
+    """The checked command line and, under --resume, the checkpoint, which provides the settings that are not given."""
+    args, checkpoint = tyro.cli(Args), None
+    if args.resume:
+        try:
+            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
+            writer, saved = checkpoint["script"], dict(checkpoint["args"])
+            older = any("evaluation" not in row for row in checkpoint["evaluations"])  # whose rows lack columns
+        except Exception as error:
+            raise UserError(f"--resume: {args.resume} is not a whole checkpoint ({type(error).__name__})") from error
+        if writer != script or saved.keys() != vars(args).keys() or older:
+            raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
+        args = tyro.cli(Args, default=Args(**saved))
+        free = "resume save_model checkpoint_interval".split()
+        for name in saved.keys() - free:
+            if getattr(args, name) != saved[name] and (name != "total_timesteps" or args.total_timesteps < saved[name]):
+                raise UserError(f"--resume: {name} is {getattr(args, name)} here, {saved[name]} in the checkpoint")
+    check_args(args)
+    return args, checkpoint
+
+
 def log_scalars(writer, global_step, groups):
     """Write groups, as {"charts": {"SPS": 5000.0}}, to TensorBoard, as charts/SPS."""
     with writing(writer.log_dir):
@@ -482,32 +746,13 @@ def log_evaluation(writer, run_dir, evaluations, row):
     log_scalars(writer, row["global_step"], {"eval": metrics})
 
 
-def parse_args(script):
-    """The checked command line and, under --resume, the checkpoint, which provides the settings that are not given."""
-    args, checkpoint = tyro.cli(Args), None
-    if args.resume:
-        try:
-            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            writer, saved = checkpoint["script"], dict(checkpoint["args"])
-            older = any("evaluation" not in row for row in checkpoint["evaluations"])  # whose rows lack columns
-        except Exception as error:
-            raise UserError(f"--resume: {args.resume} is not a whole checkpoint ({type(error).__name__})") from error
-        if writer != script or saved.keys() != vars(args).keys() or older:
-            raise UserError(f"--resume: {args.resume} was written by {writer}.py or by another version of it")
-        args = tyro.cli(Args, default=Args(**saved))
-        free = "resume save_model checkpoint_interval".split()
-        for name in saved.keys() - free:
-            if getattr(args, name) != saved[name] and (name != "total_timesteps" or args.total_timesteps < saved[name]):
-                raise UserError(f"--resume: {name} is {getattr(args, name)} here, {saved[name]} in the checkpoint")
-    check_args(args)
-    return args, checkpoint
-
-
 def main():
     # SET-UP
     script = os.path.basename(__file__)[: -len(".py")]
     args, checkpoint = parse_args(script)
     method = f"{args.exp_name}_{args.algorithm}_{args.credit}"
+    method += "_learned" if args.graph == "learned" else ""
+    method += "_pairwise" if args.advantage == "pairwise" else ""
     run_name = f"{args.env_id}__{method}__{args.seed}__{int(time.time())}"
     run_dir = os.path.dirname(os.path.abspath(args.resume)) if checkpoint else os.path.join("runs", run_name)
     if not checkpoint and os.path.exists(run_dir):
@@ -523,13 +768,18 @@ def main():
     torch.manual_seed(args.seed)  # PyTorch's CPU generator is the only random stream besides the environment's own
     env = make_env(args.env_id, args.num_envs, args.seed)
     actor, critic = (network.to(device) for network in make_networks(args, env))
-    standardise = RunningStandardisation(env.N).to(device)
-    graph = known_graph(env.N).to(device)
-    adam = {"lr": args.learning_rate, "eps": 1e-5, "fused": True}
+    standardise = RunningStandardisation().to(device)
+    # (T, E, N_i, N_j)
+    true_graph = known_graph(env.N).to(device).expand(env.episode_length, env.E, env.N, env.N)
+    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
     actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
     trained = {"actor": actor, "critic": critic, "standardise": standardise}
     trained |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+    if args.graph == "learned":
+        graph_models = GraphModels(env.D, env.A, encoder=False).to(device)  # a leaf's observation ends with zeros
+        models_optimizer = torch.optim.Adam(graph_models.parameters(), **adam)
+        trained |= {"models": graph_models, "models_optimizer": models_optimizer}
     global_step, iteration, evaluations, saved_step = 0, 0, [], -1
     if checkpoint:
         global_step, iteration, evaluations = (checkpoint[key] for key in ("global_step", "iteration", "evaluations"))
@@ -576,18 +826,21 @@ def main():
             rewards = rewards.sum(-1, keepdim=True).expand_as(rewards)  # (T, E, N), the team's for every agent
         rewards = standardise(rewards) if args.norm_reward else rewards
 
+        # DEPENDENCE GRAPH, by models trained up to the iteration before
+        graph, graph_charts = true_graph, {}
+        if args.graph == "learned":
+            alive = torch.ones(rewards.shape[:2], dtype=torch.bool, device=device)
+            graph_logits = graph_models(obs, alive)  # for the graph and, below, for the losses
+            steps_graph, graph_charts = learned_graph(graph_logits.action_predictor, graph_logits.reverse_model, args.c)
+            graph_charts |= graph_statistics(steps_graph, true_graph.flatten(0, 1))  # the oracle is the true graph
+            graph = steps_graph.view_as(true_graph)
+
         # ADVANTAGES
         with torch.no_grad():
-            values = critic(obs)  # (T+1, E, N)
-        alive = torch.ones(rewards.shape[:2], dtype=torch.bool, device=device)  # (T, E): no episode ends before T,
-        experience = (rewards, values, ~alive, alive)  # and none in a terminal state
-        advantages = gae(*experience, args.gamma, args.gae_lambda)  # (T, E, N)
-        value_targets = advantages + values[:-1]  # they ignore the graph
-        if args.credit == "dg":
-            graphs = graph.expand(*alive.shape, env.N, env.N)  # (T, E, N_i, N_j)
-            advantages = multi_agent_gae(*experience, graphs, args.gamma, args.gae_lambda, args.soft)
+            values = critic(obs)  # (T+1, E, N), pairwise: (T+1, E, N_i, N_j)
+        advantages, value_targets = credit(args, rewards, values, graph)  # (T, E, N), as the values
 
-        # UPDATE POLICY AND CRITIC
+        # UPDATE POLICY AND CRITIC, THEN THE GRAPH MODELS
         batch = Batch(
             obs=obs[:-1].flatten(0, 1),
             actions=actions.flatten(0, 1),
@@ -597,6 +850,8 @@ def main():
         )
         try:
             losses = ppo_update(actor, critic, actor_optimizer, critic_optimizer, batch, args)
+            if args.graph == "learned":
+                losses |= update_graph_models(graph_logits, batch.actions, models_optimizer)
         except UserError as error:
             bar.close()
             last = f"the last checkpoint is of frame {saved_step}" if saved_step >= 0 else "there is no checkpoint"
@@ -607,7 +862,7 @@ def main():
         episodes = raw_rewards.sum(0).mean(0)  # (N), mean return of each agent
         charts = {"episodic_return": episodes.sum(), "hub_return": episodes[0], "leaf_return": episodes[1:].mean()}
         charts |= {"learning_rate": args.learning_rate, "SPS": (global_step - start_step) / (time.time() - start_time)}
-        log_scalars(writer, global_step, {"charts": charts, "losses": losses})
+        log_scalars(writer, global_step, {"charts": charts, "losses": losses, "graph": graph_charts})
         bar.set_postfix(eval=f"{evaluations[-1]['episodic_return']:.1f}")
         bar.update(global_step - bar.n)
 

@@ -61,7 +61,7 @@ def measure_iteration(num_agents, algorithm, iterations):
     env, device = spread.StarSpread(num_agents, EPISODES), torch.device("cpu")
     actor, critic = spread.make_networks(args, env)
     optimizers = [torch.optim.Adam(x.parameters(), lr=args.learning_rate, fused=True) for x in (actor, critic)]
-    standardise = spread.RunningStandardisation(num_agents)
+    standardise = spread.RunningStandardisation()
     phases = defaultdict(list)
 
     def phase(name, function, *inputs):

@@ -1,6 +1,5 @@
-"""Star-spread against a plain loop over environments and agents, the known graph, and runs of every method."""
+"""Star-spread against a plain loop over environments and agents, its graphs and credit, and runs of every method."""
 
-import ast
 import csv
 import math
 import subprocess
@@ -13,8 +12,17 @@ from conftest import ROOT, load, run, run_folder, run_inside, scalars
 
 sys.path.insert(0, str(ROOT / "experiments"))  # for errors.py
 spread = load("experiments/spread.py")
-SHARED = "UserError AgentNetwork gae meeting_times multi_agent_gae gradient_step Batch ppo_update explained_variance "
-SHARED += "evaluation_is_due evaluation_row writing write_atomically log_scalars write_evaluations log_evaluation"
+
+# What main() may call besides the defaults: the name of the run's folder, and the options.
+CREDITS = {f"{credit}": ("--credit", credit) for credit in ("dg", "local", "global")}
+CREDITS |= {"dg_learned": ("--graph", "learned"), "dg_pairwise": ("--advantage", "pairwise")}
+CREDITS |= {"dg_learned_pairwise": ("--graph", "learned", "--advantage", "pairwise")}
+
+
+def test_the_defaults_are_the_authors_settings():
+    args = spread.Args()
+    assert (args.hidden_dim, args.ent_coef, args.norm_adv, args.norm_reward) == (64, 0.01, True, True)
+    assert (args.credit, args.graph, args.advantage, args.c, args.soft) == ("dg", "known", "published", 0.9, True)
 
 
 def landmarks(N):
@@ -35,13 +43,13 @@ def loop_observation(positions, i):
     return [x for point in (positions[i], *landmarks(len(positions)), *others) for x in point]
 
 
-@pytest.mark.parametrize("N, E", [(2, 1), (5, 3), (20, 2)])
-def test_the_environment_is_the_loop(N, E):
+@pytest.mark.parametrize("N, E, step", [(2, 1, 0.1), (5, 3, 0.1), (30, 1, 0.1), (31, 1, 0.05)])
+def test_the_environment_is_the_loop(N, E, step):
     env, rng = spread.StarSpread(N, E, seed=3, noise=0.0), np.random.default_rng(0)
     obs = env.reset()
     assert obs.shape == (E, N, 4 * N + 2) == (E, N, env.D) and obs.dtype == np.float32
     positions = env.positions.tolist()
-    displacement = [(0, 0), (-0.1, 0), (0.1, 0), (0, -0.1), (0, 0.1)]
+    displacement = [(0, 0), (-step, 0), (step, 0), (0, -step), (0, step)]
     for _ in range(env.episode_length):
         expected = [[loop_observation(points, i) for i in range(N)] for points in positions]
         np.testing.assert_allclose(obs, expected, atol=1e-6)
@@ -49,9 +57,23 @@ def test_the_environment_is_the_loop(N, E):
         for e in range(E):
             for i in range(N):
                 dx, dy = displacement[actions[e, i]]
-                positions[e][i] = (positions[e][i][0] + dx, positions[e][i][1] + dy)
+                x, y = positions[e][i]
+                positions[e][i] = (min(max(x + dx, -1), 1), min(max(y + dy, -1), 1))
         obs, rewards = env.step(actions)
         np.testing.assert_allclose(rewards, [loop_rewards(points) for points in positions], atol=1e-9)
+
+
+def test_nobody_leaves_the_square():
+    """At the border a move along it goes on, one across it stops: 40 steps lead from anywhere to any corner."""
+    N = 31
+    env = spread.StarSpread(N, 2, seed=1)
+    env.reset()
+    for action, xy, border in ((1, 0, -1), (4, 1, 1), (2, 0, 1), (3, 1, -1)):
+        before = env.positions[..., 1 - xy].copy()
+        for _ in range(41):
+            obs, _ = env.step(np.full((2, N), action))
+        assert (env.positions[..., xy] == border).all() and (env.positions[..., 1 - xy] == before).all()
+        assert (obs[..., xy] == border).all() and np.abs(obs).max() <= 1
 
 
 def test_starts_landmarks_and_noise():
@@ -105,14 +127,22 @@ def test_credit_of_the_known_graph():
     )
 
 
-def test_standardisation_is_that_of_all_rewards_so_far():
-    standardise, batches = spread.RunningStandardisation(3), []
+def test_standardisation_is_that_of_all_rewards_so_far_and_of_all_agents():
+    standardise, batches = spread.RunningStandardisation(), []
     for k in range(5):
         batches.append(torch.randn((4, 2, 3)) * torch.tensor([1.0, 5.0, 0.5]) + k)
-        seen = torch.stack(batches).flatten(0, 2).double()
-        expected = (batches[-1] - seen.mean(0)) / seen.std(0, correction=0)
+        seen = torch.stack(batches).double()
+        expected = (batches[-1] - seen.mean()) / seen.std(correction=0)
         torch.testing.assert_close(standardise(batches[-1]), expected.float(), rtol=1e-3, atol=1e-3)
     assert standardise(torch.ones((4, 2, 3))).isfinite().all()
+
+
+def test_one_scale_keeps_the_weights_of_the_agents_in_the_teams_reward():
+    """The sums over agents of two steps differ by the same factor as the standardised ones."""
+    standardise = spread.RunningStandardisation()
+    rewards = torch.randn((50, 10, 4)) * torch.tensor([8.0, 1.0, 1.0, 1.0])
+    team, standardised = rewards.sum(-1).flatten(), standardise(rewards).sum(-1).flatten()
+    assert torch.corrcoef(torch.stack([team, standardised]))[0, 1] == pytest.approx(1, abs=1e-5)
 
 
 def test_what_the_critics_see():
@@ -129,24 +159,64 @@ def test_what_the_critics_see():
     torch.testing.assert_close(obs[1, 0, 2:].detach(), state.float())
 
 
-def test_shared_code_is_that_of_the_lbf_script():
-    sources = [(ROOT / path).read_text(encoding="utf-8") for path in ("experiments/spread.py", "mappo_dg_lbf.py")]
-    ours, theirs = (
-        {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body if hasattr(node, "name")}
-        for source in sources
+def test_a_pair_has_a_value_of_what_the_first_agent_sees():
+    env = spread.StarSpread(4, 3)
+    obs = torch.from_numpy(env.reset()).requires_grad_()
+    for algorithm, seen in (("mappo", {0}), ("ippo", {2})):
+        _, critic = spread.make_networks(spread.Args(algorithm=algorithm, advantage="pairwise"), env)
+        values = critic(obs)
+        assert values.shape == (3, 4, 4) and len(values[1, 2].unique()) == 4
+        (gradient,) = torch.autograd.grad(values[1, 2, 3], obs)
+        assert {int(i) for i in gradient[1].abs().sum(-1).nonzero()} == seen
+
+
+# THE PAIRWISE ADVANTAGE
+def random_experience(T=10, E=2, N=4):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn((T, E, N), generator=g), torch.randn((T + 1, E, N), generator=g)
+
+
+def of_pairs(graph, values):
+    """W[i, j] = V^j where i influences j, else 0; graph (N, N), values (T+1, E, N)."""
+    return values.unsqueeze(-2) * graph
+
+
+def test_pairwise_with_the_known_graph_is_the_published_one_where_the_values_are_those_of_the_influenced():
+    """All edges are there from the start: what differs are the baselines of the pairs, which are learned."""
+    rewards, values = random_experience()
+    known = spread.known_graph(4)
+    graph = known.expand(*rewards.shape, 4)
+    pairwise = spread.Args(advantage="pairwise")
+    result, targets = spread.credit(pairwise, rewards, of_pairs(known, values), graph)
+    expected, own_targets = spread.credit(spread.Args(soft=False), rewards, values, graph)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(targets, of_pairs(known, own_targets))
+
+
+@pytest.mark.parametrize("edges, credit", [("complete", "global"), ("identity", "local")])
+def test_the_limits_of_pairwise_are_global_and_local_rewards(edges, credit):
+    rewards, values = random_experience()
+    graph = torch.ones((4, 4), dtype=torch.bool) if edges == "complete" else torch.eye(4, dtype=torch.bool)
+    pair_values = of_pairs(graph, values)
+    result, targets = spread.credit(
+        spread.Args(advantage="pairwise"), rewards, pair_values, graph.expand(*rewards.shape, 4)
     )
-    for name in SHARED.split():
-        assert ours[name] == theirs[name], name
+    if credit == "global":  # the value of the team's reward is the sum of all values
+        rewards, values = (x.sum(-1, keepdim=True).expand_as(x) for x in (rewards, values))
+    expected, team_targets = spread.credit(spread.Args(credit=credit), rewards, values, None)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(targets.sum(-1), team_targets)
 
 
+# RUNS
 def options(*more):
     return "--num-envs", 4, "--total-timesteps", 600, "--eval-interval", 400, "--eval-episodes", 6, *more
 
 
 @pytest.mark.parametrize("algorithm", ["mappo", "ippo"])
-@pytest.mark.parametrize("credit", ["dg", "local", "global"])
+@pytest.mark.parametrize("credit", CREDITS)
 def test_a_short_run(tmp_path, algorithm, credit):
-    method = "--algorithm", algorithm, "--credit", credit, "--env-id", "star-spread-3"
+    method = "--algorithm", algorithm, *CREDITS[credit], "--env-id", "star-spread-3"
     done = run_inside(spread, *options(*method), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = run_folder(tmp_path)
@@ -163,11 +233,14 @@ def test_a_short_run(tmp_path, algorithm, credit):
     logged = scalars(folder)
     assert [step for step, _ in logged["charts/hub_return"]] == [200, 400, 600]
     assert all(value == pytest.approx(1, abs=1e-4) for _, value in logged["losses/first_ratio"])
+    of_the_graph = {name for name in logged if name.startswith("graph/")}
+    assert bool(of_the_graph) == ("learned" in credit) == ("losses/reverse_model_loss" in logged)
+    assert {"graph/edges_per_agent", "graph/oracle_recall"} <= of_the_graph or not of_the_graph
 
 
-@pytest.mark.parametrize("credit", ["dg", "local", "global"])
+@pytest.mark.parametrize("credit", CREDITS)
 def test_what_each_credit_trains_on(tmp_path, monkeypatch, credit):
-    """The rewards that `main` gives to gae, the graph, and whose advantages reach ppo_update."""
+    """The rewards that `main` gives to gae, the graph, and whose advantages and targets reach ppo_update."""
     calls = {}
 
     def spied(name):
@@ -181,26 +254,62 @@ def test_what_each_credit_trains_on(tmp_path, monkeypatch, credit):
 
         monkeypatch.setattr(spread, name, spy)
 
-    for name in ("collect", "gae", "multi_agent_gae", "ppo_update"):
+    for name in ("collect", "learned_graph", "gae", "multi_agent_gae", "pairwise_targets", "ppo_update"):
         spied(name)
-    method = "--credit", credit, "--no-norm-reward", "--env-id", "star-spread-3"
-    assert run_inside(spread, *options(*method), cwd=tmp_path).returncode == 0
+    method = *CREDITS[credit], "--no-norm-reward", "--env-id", "star-spread-3"
+    done = run_inside(spread, *options(*method, "--c", 0.999), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     raw = calls["collect"][1][3]  # (T, E, N)
     team = raw.sum(-1, keepdim=True).expand_as(raw)
     assert torch.equal(calls["gae"][0][0], team if credit == "global" else raw)
-    source = "multi_agent_gae" if credit == "dg" else "gae"
     batch = calls["ppo_update"][0][4]
-    assert torch.equal(batch.advantages, calls[source][1].flatten(0, 1))
-    values = calls["gae"][0][1][:-1]
-    assert torch.equal(batch.value_targets, (calls["gae"][1] + values).flatten(0, 1))
-    if credit == "dg":
-        assert torch.equal(calls[source][0][4], spread.known_graph(3).expand(*raw.shape, 3))
+    pairwise = "pairwise" in credit
+    if pairwise:
+        (_, pair_values, *_), targets = calls["pairwise_targets"]
+        assert torch.equal(batch.value_targets, targets.flatten(0, 1))
+        assert torch.equal(batch.advantages, (targets - pair_values[:-1]).sum(-1).flatten(0, 1))
+    else:
+        source = "multi_agent_gae" if credit.startswith("dg") else "gae"
+        assert torch.equal(batch.advantages, calls[source][1].flatten(0, 1))
+        values = calls["gae"][0][1][:-1]
+        assert torch.equal(batch.value_targets, (calls["gae"][1] + values).flatten(0, 1))
+    assert ("multi_agent_gae" in calls, "pairwise_targets" in calls) == (credit in ("dg", "dg_learned"), pairwise)
+    if credit.startswith("dg"):
+        known = spread.known_graph(3).expand(*raw.shape, 3)
+        used = calls["pairwise_targets" if pairwise else "multi_agent_gae"][0][4]
+        if "learned" in credit:
+            learned = calls["learned_graph"][1][0].view_as(used)
+            assert torch.equal(used, learned) and (learned != known).any() and not learned.all()
+        else:
+            assert torch.equal(used, known) and "learned_graph" not in calls
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+def test_the_graph_models_learn_after_the_graph_is_made(tmp_path, monkeypatch):
+    """Once an iteration, on its actions; the graph is that of the models as they were."""
+    order, actions, collect = [], [], spread.collect
+    for name in ("learned_graph", "ppo_update", "update_graph_models"):
+        function = getattr(spread, name)
+
+        def spy(*inputs, name=name, function=function):
+            order.append(name)
+            if name == "update_graph_models":
+                actions.append(inputs[1])
+            return function(*inputs)
+
+        monkeypatch.setattr(spread, name, spy)
+    played = []
+    monkeypatch.setattr(spread, "collect", lambda *inputs: played.append(collect(*inputs)) or played[-1])
+    assert run_inside(spread, *options("--graph", "learned"), cwd=tmp_path).returncode == 0
+    assert order == 3 * ["learned_graph", "ppo_update", "update_graph_models"]
+    batches = [batch[1].flatten(0, 1) for batch in played]
+    assert all(any(torch.equal(used, batch) for batch in batches) for used in actions)
+
+
+@pytest.mark.parametrize("credit", ["dg", "dg_learned", "dg_learned_pairwise"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, credit):
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
-    assert run_inside(spread, *options(), cwd=tmp_path / "whole").returncode == 0
+    assert run_inside(spread, *options(*CREDITS[credit]), cwd=tmp_path / "whole").returncode == 0
     update, calls = spread.ppo_update, []
 
     def interrupted(*inputs):
@@ -210,7 +319,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(spread, "ppo_update", interrupted)
         with pytest.raises(AttributeError):  # a crash in the third iteration, after the checkpoint of the second
-            run_inside(spread, *options("--checkpoint-interval", 200), cwd=tmp_path / "parts")
+            run_inside(spread, *options(*CREDITS[credit], "--checkpoint-interval", 200), cwd=tmp_path / "parts")
     folder = run_folder(tmp_path / "parts")
     assert torch.load(folder / "checkpoint.pt")["global_step"] == 400
     done = run_inside(spread, *options("--resume", folder / "checkpoint.pt"), cwd=tmp_path)
@@ -220,9 +329,20 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
         encoding="utf-8"
     )
     ends = [torch.load(path / "checkpoint.pt") for path in (whole, parts)]
-    for name in ("actor", "critic", "standardise"):
-        for key, value in ends[0][name].items():
-            assert torch.equal(value, ends[1][name][key]), (name, key)
+    models = ["models", "models_optimizer"] if "learned" in credit else []
+    for name in ("actor", "actor_optimizer", "critic", "critic_optimizer", "standardise", *models):
+        mine, other = (flattened(end[name]) for end in ends)
+        assert mine.keys() == other.keys() and len(mine) > 0
+        for key, value in mine.items():
+            assert torch.equal(value, other[key]), (name, key)
+
+
+def flattened(state):
+    """The tensors of a state_dict, of an optimizer's, too."""
+    tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
+    for index, values in state.get("state", {}).items():
+        tensors |= {(index, key): value for key, value in values.items()}
+    return tensors
 
 
 def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
@@ -255,6 +375,9 @@ def test_dg_learns(tmp_path):
         (("--env-id", "spread-5"), "spread-5"),
         (("--total-timesteps", 10), "total_timesteps"),
         (("--gamma", 2), "gamma"),
+        (("--c", -1), "c must"),
+        (("--credit", "local", "--graph", "learned"), "--credit local"),
+        (("--credit", "global", "--advantage", "pairwise"), "--credit global"),
     ],
 )
 def test_bad_settings_are_one_sentence(tmp_path, wrong, words):

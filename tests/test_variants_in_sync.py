@@ -64,6 +64,26 @@ ALLOWED_CDG = {
     "graph_statistics": "the simulator's edges in place of the oracle's",
     "main": "it is the algorithm itself; its steps are compared",
 }
+# experiments/spread.py against the script that each of its methods comes from: what it may write differently, and why.
+SPREAD = "experiments/spread.py"
+ALLOWED_SPREAD = {
+    "Args": "another environment; the fields are compared one by one",
+    "check_args": "other bad input",
+    "make_env": "another environment",
+    "graph_statistics": "as in the DG scripts, the oracle being the true graph",
+    "credit": "other advantages",
+    "collect": "all environments are stepped at once",
+    "evaluate": "other environments",
+    "parse_args": "knows checkpoints of its own alone",
+    "main": "it is the algorithm itself",
+}
+SHARED_WITH_SPREAD = {
+    "ippo_dg_lbf.py": {"GraphModels", "learned_graph", "graph_statistics", "update_graph_models", "multi_agent_gae"},
+    CDG: {"pairwise_targets", "first_to_meet", "ReverseModel", "ppo_update"},
+}
+ALLOWED_OPTIONS_SPREAD = {"exp_name", "torch_deterministic", "cuda", "checkpoint_interval", "resume", "env_id"}
+ALLOWED_OPTIONS_SPREAD |= {"hidden_dim", "norm_adv", "ent_coef"}  # the authors' settings for star-spread
+ALLOWED_OPTIONS_SPREAD |= {"advantage", "graph", "c", "soft"}  # not all values are there, and not always of use
 ALLOWED_OPTIONS_CDG = {"c", "graph", "soft", "encoder", "bf16", "transpose_graph"}
 ALLOWED_OPTIONS_SMACLITE = {"env_id", "total_timesteps", "eval_interval", "eval_greedy", "hidden_dim", "graph"}
 SECTIONS = ["ENVIRONMENT", "NETWORKS", "DEPENDENCE GRAPH", "ADVANTAGES", "ROLLOUT", "PPO UPDATE", "EVALUATION"]
@@ -421,3 +441,23 @@ def test_the_form_of_the_counterfactual_script():
     test_sections(CDG)
     test_nothing_is_dead(CDG)
     test_third_party_imports_only(CDG)
+
+
+@pytest.mark.parametrize("script", SHARED_WITH_SPREAD)
+def test_star_spread_shares_its_functions_and_options_with_the_lbf_scripts(script):
+    mine, other = definitions(SPREAD), definitions(script)
+    shared = [name for name in mine if name in other]
+    assert SHARED_WITH_SPREAD[script] <= set(shared) and len(shared) >= 30
+    allowed = ALLOWED_SPREAD.keys() - SHARED_WITH_SPREAD[script]
+    for name in shared:
+        if name not in allowed:
+            assert mine[name] == other[name], f"{name} differs between {SPREAD} and {script}"
+    assert shared == [name for name in other if name in mine], "not in the same order"
+    mine, other = fields(SPREAD), fields(script)
+    shared = [name for name in mine if name in other]
+    assert {name for name in shared if mine[name] != other[name]} <= ALLOWED_OPTIONS_SPREAD
+    assert shared == [name for name in other if name in mine], "not in the same order"
+
+
+def test_nothing_of_star_spread_is_dead():
+    assert never_read(source(SPREAD)) == set()
