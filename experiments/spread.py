@@ -124,6 +124,14 @@ def check_args(args):
                 raise UserError(f"{name} must lie in [{low}, {high}], not {getattr(args, name)}")
     if args.credit != "dg" and (args.graph != "known" or args.advantage != "published"):
         raise UserError(f"--graph and --advantage are for --credit dg: --credit {args.credit} has no graph")
+    has_effect = {
+        "c": args.graph == "learned",
+        "soft": args.credit == "dg" and args.advantage == "published",
+    }
+    for name, relevant in has_effect.items():
+        if getattr(args, name) != getattr(Args, name) and not relevant:
+            # a sweep over it would be one run, many times
+            raise UserError(f"{name} has no effect with these --credit, --graph and --advantage")
     make_env(args.env_id, 1)
     if args.total_timesteps < (frames := args.num_envs * StarSpread.episode_length):
         raise UserError(f"total_timesteps is {args.total_timesteps}, below one iteration ({frames} frames)")

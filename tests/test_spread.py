@@ -257,7 +257,9 @@ def test_what_each_credit_trains_on(tmp_path, monkeypatch, credit):
     for name in ("collect", "learned_graph", "gae", "multi_agent_gae", "pairwise_targets", "ppo_update"):
         spied(name)
     method = *CREDITS[credit], "--no-norm-reward", "--env-id", "star-spread-3"
-    done = run_inside(spread, *options(*method, "--c", 0.999), cwd=tmp_path)
+    if "learned" in credit:
+        method += "--c", 0.999
+    done = run_inside(spread, *options(*method), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     raw = calls["collect"][1][3]  # (T, E, N)
     team = raw.sum(-1, keepdim=True).expand_as(raw)
@@ -378,6 +380,9 @@ def test_dg_learns(tmp_path):
         (("--c", -1), "c must"),
         (("--credit", "local", "--graph", "learned"), "--credit local"),
         (("--credit", "global", "--advantage", "pairwise"), "--credit global"),
+        (("--c", 0.5), "c has no effect"),
+        (("--advantage", "pairwise", "--no-soft"), "soft has no effect"),
+        (("--credit", "local", "--no-soft"), "soft has no effect"),
     ],
 )
 def test_bad_settings_are_one_sentence(tmp_path, wrong, words):
