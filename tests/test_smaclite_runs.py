@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, load, run, run_folder, run_inside
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-pytest.importorskip("smaclite", reason="SMAClite is not on PyPI: pip install -r requirements-smaclite.txt")
+pytestmark = pytest.mark.smaclite
 
 SCRIPTS = ["mappo_dg_smaclite.py", "baselines/mappo_local_smaclite.py", "baselines/mappo_global_smaclite.py"]
 SHORT = [
