@@ -108,9 +108,7 @@ class Args:
     eval_interval: int = 10_000
     """frames between two evaluations"""
     eval_episodes: int = 100
-    """episodes of an evaluation"""
-    eval_greedy: bool = True
-    """evaluate with the most likely actions instead of sampled ones"""
+    """episodes of an evaluation: half with sampled actions, half with the most likely ones (greedy)"""
     hidden_dim: int = 64
     """units of each hidden layer of policy and critic"""
     learning_rate: float = 5e-4
@@ -869,26 +867,33 @@ def evaluation_is_due(evaluations, global_step, args):
 
 
 def evaluate(envs, actor, args, index, device):
-    """Play eval_episodes episodes -> per-agent returns (episodes, N), won (episodes) bool.
+    """Play with sampled, then with the most likely actions -> per-agent returns (2, episodes, N), won (2, episodes).
 
-    The games depend on args.seed and the evaluation's index alone: all scripts here play the same ones.
+    Either way half of eval_episodes, rounded up. The games depend on args.seed and the evaluation's index alone: all
+    scripts here play the same ones, and both halves of an evaluation begin with the same.
     """
-    rounds = math.ceil(args.eval_episodes / args.num_envs)  # every environment plays each time
+    episodes = math.ceil(args.eval_episodes / 2)
+    rounds = math.ceil(episodes / args.num_envs)  # every environment plays each time
     seeds = np.random.SeedSequence([args.seed, 1, index]).generate_state(rounds * args.num_envs)
     # an own generator: none of training's random numbers are used up
     generator = torch.Generator().manual_seed(int(seeds[0]))
     agent_returns = []
     won = []
-    for round_seeds in seeds.reshape(rounds, args.num_envs):
-        rollout = collect(envs, actor, round_seeds, device, args.eval_greedy, generator)
-        agent_returns.append(rollout.rewards.sum(0).cpu())
-        won.append(rollout.won.cpu())
-    return torch.cat(agent_returns)[: args.eval_episodes], torch.cat(won)[: args.eval_episodes]
+    for greedy in (False, True):
+        for round_seeds in seeds.reshape(rounds, args.num_envs):
+            rollout = collect(envs, actor, round_seeds, device, greedy, generator)
+            agent_returns.append(rollout.rewards.sum(0).cpu())
+            won.append(rollout.won.cpu())
+    by_kind = (2, rounds * args.num_envs)
+    agent_returns = torch.cat(agent_returns).unflatten(0, by_kind)
+    won = torch.cat(won).unflatten(0, by_kind)
+    return agent_returns[:, :episodes], won[:, :episodes]
 
 
 def evaluation_row(agent_returns, won, global_step, args):
-    """A row of evaluations.csv from the returns (episodes, N) and won (episodes)."""
-    team_returns = agent_returns.sum(-1)
+    """A row of evaluations.csv from what evaluate has returned; greedy games have columns of their own."""
+    sampled_returns, greedy_returns = agent_returns.sum(-1)  # (episodes) each
+    win_rate, greedy_win_rate = won.float().mean(-1).tolist()
     index = global_step // args.eval_interval
     at_end = global_step >= args.total_timesteps
     row = {
@@ -896,12 +901,15 @@ def evaluation_row(agent_returns, won, global_step, args):
         "evaluation": index,
         # when it was due
         "nominal_step": args.total_timesteps if at_end else index * args.eval_interval,
-        "episodic_return": team_returns.mean().item(),
-        "episodic_return_std": team_returns.std(correction=0).item(),
-        "episodes": len(team_returns),
-        "win_rate": won.float().mean().item(),
+        "episodic_return": sampled_returns.mean().item(),
+        "episodic_return_std": sampled_returns.std(correction=0).item(),
+        "episodes": len(sampled_returns),
+        "win_rate": win_rate,
+        "greedy_episodic_return": greedy_returns.mean().item(),
+        "greedy_episodic_return_std": greedy_returns.std(correction=0).item(),
+        "greedy_win_rate": greedy_win_rate,
     }
-    for i, mean in enumerate(agent_returns.mean(0).tolist()):
+    for i, mean in enumerate(agent_returns[0].mean(0).tolist()):
         row[f"episodic_return_agent_{i}"] = mean
     return row
 
@@ -1267,7 +1275,8 @@ def print_summary(run_dir, evaluations, global_step, args):
     print(f"{run_dir}: {global_step:,} of {args.total_timesteps:,} frames")
     if evaluations:
         last = evaluations[-1]
-        print(f"last evaluation: win rate {last['win_rate']:.2f} at {last['global_step']:,} frames")
+        win_rates = f"win rate {last['win_rate']:.2f}, of greedy games {last['greedy_win_rate']:.2f}"
+        print(f"last evaluation: {win_rates}, at {last['global_step']:,} frames")
     if os.path.exists(os.path.join(run_dir, "checkpoint.pt")):
         longer = " --total-timesteps MORE" if global_step >= args.total_timesteps else ""
         print(f"continue: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run_dir)}{longer}")

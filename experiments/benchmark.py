@@ -109,7 +109,7 @@ class Training:
     def __init__(self, module, *options, before=lambda: None, turns=1, least=0.0, iterations=1, timer=process_time):
         """Train for some turns: call before(), then iterate at least so many seconds and so many times."""
         self.module, self.timer = module, timer
-        self.history, self.pairs = [], []
+        self.history, self.pairs, self.evaluating = [], [], False
         self.schedule = self.take_turns(before, turns, least, iterations)
         next(self.schedule)
         self.new_record()
@@ -118,6 +118,7 @@ class Training:
                 wrap(getattr(module, owner) if owner else module, name, partial(self.begin, phase))
         wrap(module, "collect", after=lambda rollout: self.add("frames", int(rollout.alive.sum())))
         wrap(module, "make_vector_env", after=self.watch_environments)
+        wrap(module, "evaluate", partial(self.evaluate, True), lambda _: self.evaluate(False))
         module.tqdm = partial(module.tqdm, file=open(os.devnull, "w", encoding="utf-8"))
         # Ctrl-C ends the benchmark, not the script alone
         module.StopSignals = lambda: SimpleNamespace(received=None, raised=contextlib.nullcontext)
@@ -133,6 +134,9 @@ class Training:
     def wait(self, sign, *_):
         self.add("environment", sign * self.timer())
 
+    def evaluate(self, begins):
+        self.evaluating = begins
+
     def add(self, name, amount):
         self.record[name] += amount
 
@@ -141,6 +145,8 @@ class Training:
         self.phase, self.since = "collect", self.timer()
 
     def begin(self, phase):
+        if self.evaluating:
+            return  # the untrained policy: a part of the set-up
         order = list(PHASES)
         if phase != "collect" and order.index(phase) <= order.index(self.phase):
             return  # it has begun before: ppo_update, too, calls the critic
@@ -156,7 +162,6 @@ class Training:
 
     def take_turns(self, before, turns, least, iterations):
         yield  # the set-up
-        yield  # the evaluation of the untrained policy
         first = yield  # slower than the others
         unseen = [phase for phase in PHASES if not first[phase]]
         expected = [] if hasattr(self.module, "GraphModels") else ["graph", "model update"]

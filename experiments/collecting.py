@@ -38,6 +38,8 @@ SCALARS = {  # of TensorBoard -> column
 }
 LOGGED = list(dict.fromkeys(SCALARS.values()))
 RUN_COLUMNS = ["global_step", "evaluation", "nominal_step", "episodic_return", "episodic_return_std", "episodes"]
+# Of SMAClite: of games with sampled actions and of greedy ones. Version 0.1.0 has greedy ones alone, called win_rate
+WINS = ["win_rate", "greedy_win_rate"]
 COLUMNS = [*KEY, "frames", "evaluation", "nominal_frames", "return", "return_std", "episodes", "finished", "seconds"]
 # What the columns of all CSVs hold, if not a number in every line
 TEXT = dict.fromkeys(["method", "task", "world", "policy", "observation", "subset", "algorithm"], str)
@@ -86,7 +88,8 @@ def read_evaluations(path):
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     text = text[: text.rfind("\n") + 1] or ",".join(RUN_COLUMNS)
-    optional = [name for name in text.split("\n")[0].split(",") if re.match("win_rate|episodic_return_agent_", name)]
+    head = text.split("\n")[0].split(",")
+    optional = [name for name in head if name in WINS or re.match("episodic_return_agent_|greedy_", name)]
     table = read_csv(path, RUN_COLUMNS + optional, text)
     for column in ("global_step", "evaluation", "nominal_step"):
         if not table[column].is_monotonic_increasing:
@@ -229,7 +232,7 @@ def write_whole(path, text):
 
 def write(data, path):
     """Writes the tidy CSV in an order that keeps diffs small."""
-    extra = [name for name in ("win_rate", *LOGGED) if name in data]
+    extra = [name for name in (*WINS, "greedy_return", "greedy_return_std", *LOGGED) if name in data]
     extra += sorted((name for name in data if name.startswith("return_agent_")), key=natural)
     columns = [*COLUMNS, *(name for name in extra if data[name].notna().any())]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,8 @@ Make anew, from the committed CSVs alone, the tables in the pages and the figure
     python experiments/report.py --check                             # only compare; exit 1 if a table differs
 
 A page is README.md or docs/*.md. A table goes between its lines `<!-- report:NAME-TABLE begin -->` and
-`<!-- report:NAME-TABLE end -->`; TABLE is glance, aggregate, scores, seeds, returns, training, density, models or
-cost. Figures are figures/NAME-FIGURE-light.svg (or dark, or png): a page that names such a file shows it. The tables
+`<!-- report:NAME-TABLE end -->`; TABLE is glance, aggregate, scores, seeds, returns, greedy, training, density, models
+or cost. Figures are figures/NAME-FIGURE-light.svg (or dark, or png): a page that names such a file shows it. The tables
 known_graph-edges and spread_scale-time and the figure known_graph are made from the CSVs of those experiments.
 
 A row of a grid's CSV is an evaluation of a run (method, task, seed): at how many frames it took place (frames), which
@@ -21,6 +21,8 @@ whether it has finished, and its seconds. Evaluations are aligned by nominal_fra
 one counts.
 
 The score of a task is the win rate if there is one, or else the team return (on LBF in [0, 1]: nothing is normalised).
+On SMAClite an evaluation plays half of its games with sampled actions, whose win rate is the score, and half with the
+most likely ones: the table and the figure greedy. In a CSV of version 0.1.0, without greedy_win_rate, all are greedy.
 A run's final score is its mean over the evaluations in the last 10% of frames (4.5M-5M of 5M, as in the paper). A run
 is complete if it is finished and has the last evaluation that any run of its task has; only complete runs count. The
 others are drawn as thin lines, their mean pale where a method has no complete run on a task. What training logs to
@@ -44,7 +46,7 @@ with one_sentence():
     import numpy as np
     import pandas as pd
     import tyro
-    from collecting import COLUMNS, KEY, collect_grid, natural, read_csv, write_whole
+    from collecting import COLUMNS, KEY, WINS, collect_grid, natural, read_csv, write_whole
     from matplotlib.lines import Line2D
     from plotting import draw_bands, draw_interval, figures_in, legend_above, list_rows, looks, new_figure, panels, save
 
@@ -62,6 +64,10 @@ PAPER = {
     "ippo_local": ((0.663,), (0.07, 0.00, 0.78, 0.91, 0.68, 0.91)),
 }
 PAPER_FRAMES = 5_000_000
+# Its win rates with DG on SMAClite, in greedy games, and after how many frames. It finds local and global rewards about
+# as good and claims no gain.
+PAPER_WIN_RATES = {"MMM": (1.00, 1_000_000), "MMM2": (0.98, 2_000_000), "25m_vs_30m": (1.00, 2_000_000)}
+PAPER_WIN_RATES |= {"bane_vs_bane": (0.23, 2_000_000), "3s5z_vs_3s6z": (0.96, 3_000_000), "corridor": (0.54, 3_000_000)}
 ACRONYMS = {"mappo", "ippo", "dg", "cdg"}  # in capitals where a method is named to readers
 SOLVED = 0.7  # the IQM that the glance table asks for
 
@@ -71,20 +77,23 @@ def load(path):
     """The tidy CSV + score, last (nominal frames of the run's last evaluation), complete; UserError if damaged."""
     data = read_csv(path, COLUMNS).sort_values([*KEY, "frames"], ignore_index=True)
     data["method"] = data["method"].replace(DEFAULTS.get(path.stem, {}))
-    wins = data["task"].isin(win_rate_tasks(data))
-    data["score"] = np.where(wins, data.get("win_rate", np.nan), data["return"])
-    if data["score"].isna().any():
-        method, task, seed = data.loc[data["score"].isna().idxmax(), KEY]
-        raise UserError(f"{path}: {method} on {task}, seed {seed}, lacks the win_rate that other runs on {task} have")
+    for column in WINS:
+        lacking = data["task"].isin(win_rate_tasks(data, column)) & (column in data and data[column].isna())
+        if lacking.any():
+            method, task, seed = data.loc[lacking.idxmax(), KEY]
+            raise UserError(
+                f"{path}: {method} on {task}, seed {seed}, lacks the {column} that other runs on {task} have"
+            )
+    data["score"] = np.where(data["task"].isin(win_rate_tasks(data)), data.get("win_rate", np.nan), data["return"])
     data = data.drop_duplicates([*KEY, "evaluation"], keep="last")  # the closing one may lie within an interval
     data = data.assign(last=data.groupby(KEY)["nominal_frames"].transform("max"))
     longest = data.groupby("task")["last"].transform("max")
     return data.assign(complete=(data["finished"] == 1) & (data["last"] == longest))
 
 
-def win_rate_tasks(data):
+def win_rate_tasks(data, column="win_rate"):
     """The tasks that have a win rate."""
-    return data.loc[data["win_rate"].notna(), "task"].unique().tolist() if "win_rate" in data else []
+    return data.loc[data[column].notna(), "task"].unique().tolist() if column in data else []
 
 
 def ordered(data, column):
@@ -235,7 +244,8 @@ def score_name(data):
     """What the score is."""
     wins = win_rate_tasks(data)
     if len(wins) in (0, data["task"].nunique()):
-        return "win rate" if wins else "team return"
+        sampled = ", sampled actions" * (win_rate_tasks(data, "greedy_win_rate") != [])
+        return f"win rate{sampled}" if wins else "team return"
     return f"score (win rate on {', '.join(map(label, wins))}, else team return)"
 
 
@@ -260,23 +270,58 @@ def paper_iqms(data):
     return {method: iqm_and_interval for method, (iqm_and_interval, _) in PAPER.items()}
 
 
+def paper_win_rates(data):
+    """{task: the paper's (win rate, after)}; after: "" or, if its runs are not as long as these, their frames as 2M.
+
+    {} if no task has runs that are as long as the paper's.
+    """
+    frames = data.groupby("task")["nominal_frames"].max()
+    quoted = {}
+    for task, (win_rate, length) in PAPER_WIN_RATES.items():
+        if task in frames:
+            quoted[task] = win_rate, f"{length / 1e6:g}M" * bool(frames[task] != length)
+    return quoted if any(after == "" for _, after in quoted.values()) else {}
+
+
+def paper_row(data, method):
+    """The row of a table that quotes the paper's final scores of a method; [] if it has none."""
+    quoted = {}
+    if method in PAPER:
+        means = dict(zip(PAPER_TASKS, PAPER[method][1], strict=True))
+        quoted = {task: f"*{means[task]:.2f}*" for task in paper_tasks(data)}
+    if method == "mappo_dg":
+        for task, (win_rate, after) in paper_win_rates(data).items():
+            quoted[task] = f"*{win_rate:.2f} ({after})*" if after else f"*{win_rate:.2f}*"
+    return ["*paper*", *(quoted.get(task, "-") for task in ordered(data, "task"))] if quoted else []
+
+
+def paper_note(data):
+    """What is to be known of the paper's win rates; "" where none is quoted."""
+    quoted = paper_win_rates(data)
+    if not quoted:
+        return ""
+    other_length = any(after for _, after in quoted.values())
+    return (
+        " The paper's are of greedy games" + ", after the frames in brackets if not after as many" * other_length + "."
+    )
+
+
 def scores_table(data):
     """Methods x tasks: mean and standard deviation over seeds of the final score; the paper's mean in the next row."""
     scores, tasks, rows = final_scores(data), ordered(data, "task"), []
-    quoted = paper_tasks(data)
     for method in ordered(data, "method"):
         cells = [scores.get((method, task), []) for task in tasks]
         rows.append([label(method), *(mean_and_std(cell, 2) + f" ({len(cell)})" * (len(cell) > 0) for cell in cells)])
-        if quoted and method in PAPER:
-            paper = dict(zip(PAPER_TASKS, PAPER[method][1], strict=True))
-            rows.append(["*paper*", *(f"*{paper[task]:.2f}*" if task in quoted else "-" for task in tasks)])
+        rows.append(paper_row(data, method))
     note = f"Final {score_name(data)} (mean over the last 10% of frames): mean ± standard deviation over (n) seeds. "
-    return markdown(["method", *map(label, tasks)], rows, note + finished_note(data))
+    note += finished_note(data) + paper_note(data)
+    return markdown(["method", *map(label, tasks)], filter(None, rows), note)
 
 
 # What else a run has over its frames: figure and table NAME-KEY -> (column of the CSV, what it is)
 CURVES = {
     "returns": ("return", "team return"),
+    "greedy": ("greedy_win_rate", "win rate of greedy games"),
     "training": ("train_win_rate", "win rate in training"),
     "density": ("edges_per_agent", "edges per agent besides itself"),
 }
@@ -290,8 +335,12 @@ def curve_table(data, key):
     values, tasks, rows = final_scores(data, column), ordered(data, "task"), []
     for method in ordered(data[data[column].notna()], "method"):
         rows.append([label(method), *(mean_and_std(values.get((method, task), []), 2) for task in tasks)])
+        if column == "greedy_win_rate":
+            rows.append(paper_row(data, method))
     note = f"{name.capitalize()}, mean over the last 10% of frames: mean ± standard deviation over seeds."
-    return markdown(["method", *map(label, tasks)], rows, note)
+    if column == "greedy_win_rate":
+        note += paper_note(data)
+    return markdown(["method", *map(label, tasks)], filter(None, rows), note)
 
 
 # What tells how the graph and its models are doing: column of the CSV -> head of the column in the table
@@ -454,7 +503,11 @@ def draw_curves(data, look, column="score", name=None):
     data = data[data[column].notna()]
     look = {method: line for method, line in look.items() if method in set(data["method"])}
     figure, pairs = task_panels(data, 2.7)
+    paper = paper_win_rates(data) if column in ("score", "greedy_win_rate") else {}
+    paper_line = {"color": mpl.rcParams["text.color"], "ls": ":"}
     for ax, task in pairs:
+        if task in paper:
+            ax.axhline(paper[task][0], lw=1.2, clip_on=False, **paper_line)
         for method, line in look.items():
             runs = data[(data["task"] == task) & (data["method"] == method)]
             for _, run in runs.groupby("seed"):
@@ -465,10 +518,15 @@ def draw_curves(data, look, column="score", name=None):
             ax.plot(average.index / 1e6, average, lw=2.2 if complete else 1.2, alpha=1 if complete else 0.5, **line)
     ax.set_xlim(0)  # shared, hence after the last panel: limits end the autoscaling of all
     if data[column].min() >= 0:
-        ax.set_ylim(0, 1 if column in ("score", "train_win_rate") and data[column].max() <= 1 else None)
+        shares = ("score", "greedy_win_rate", "train_win_rate")
+        ax.set_ylim(0, 1 if column in shares and data[column].max() <= 1 else None)
     figure.supxlabel("environment frames (millions)", fontsize=11)
     figure.supylabel(name or score_name(data), fontsize=11)
-    add_legend(figure, look)
+    lines = {label(method): line for method, line in look.items()}
+    if paper:
+        longer = ", ".join(f"{label(task)}: after {after}" for task, (_, after) in paper.items() if after)
+        lines["the paper's MAPPO-DG, greedy, in the end" + f" ({longer})" * bool(longer)] = paper_line
+    legend_above(figure, lines)
     return figure
 
 

@@ -39,7 +39,6 @@ def output(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def smaclite_output(tmp_path_factory):
-    pytest.importorskip("smaclite", reason="SMAClite is not on PyPI: pip install -r requirements-smaclite.txt")
     return measure(tmp_path_factory, "--smaclite")
 
 
@@ -57,6 +56,7 @@ def test_table_is_whole(output, title):
     assert_whole(output, title, *TABLES[title])
 
 
+@pytest.mark.smaclite
 @pytest.mark.parametrize("title", SMACLITE_TABLES)
 def test_smaclite_table_is_whole(smaclite_output, title):
     assert_whole(smaclite_output, title, *SMACLITE_TABLES[title])
@@ -84,9 +84,9 @@ def test_bad_settings_are_one_sentence(tmp_path):
     assert (done.returncode, done.stderr) == (2, "benchmark.py: --repeats must be at least 1, not 0\n")
 
 
+@pytest.mark.smaclite
 def test_the_same_games_for_stock_and_ours():
     """What is compared plays the same steps: the random actions depend on the masks, which must be equal."""
-    pytest.importorskip("smaclite", reason="SMAClite is not on PyPI: pip install -r requirements-smaclite.txt")
     sys.path.insert(0, str(ROOT / "experiments"))
     import benchmark
 

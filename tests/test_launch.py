@@ -425,6 +425,11 @@ def test_shipped_grid(path, tmp_path):
             assert f"\n    {flag.replace('-', '_')}: " in job.script.read_text(), f"{job.script.name} has no --{flag}"
 
 
+def test_all_runs_on_mmm_come_before_those_on_mmm2(tmp_path):
+    jobs = launch.read_grid(REPOSITORY / "experiments" / "grids" / "smaclite_mmm.yaml", tmp_path)
+    assert [job.env_id for job in jobs] == ["MMM"] * 6 + ["MMM2"] * 3
+
+
 # LOCAL RUNS
 
 

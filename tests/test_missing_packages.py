@@ -108,10 +108,12 @@ def test_a_tool_without_a_package_says_how_to_install_it(tool, package, tmp_path
         assert f"the package {package} is not installed" in done.stderr
 
 
-@pytest.mark.parametrize("package", SMACLITE)
+# without SMAClite nothing else is missed
+NEXT_TO_SMACLITE = [pytest.param(package, marks=pytest.mark.smaclite) for package in SMACLITE[1:]]
+
+
+@pytest.mark.parametrize("package", ["smaclite", *NEXT_TO_SMACLITE])
 def test_the_benchmark_of_smaclite_says_how_to_install_it(package, tmp_path):
-    if package != "smaclite":
-        pytest.importorskip("smaclite", reason="without SMAClite nothing else is missed")
     done = program("experiments/benchmark.py", "--smaclite", "--quick", without=package, folder=tmp_path)
     assert_one_sentence(done, "benchmark.py", package)
 
@@ -124,10 +126,12 @@ def test_a_smaclite_script_says_how_to_install_what_is_missing(script, package, 
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("script", ["mappo_dg_lbf.py", "mappo_dg_smaclite.py"])  # all have the same start_wandb
+# all have the same start_wandb
+WITH_WANDB = ["mappo_dg_lbf.py", pytest.param("mappo_dg_smaclite.py", marks=pytest.mark.smaclite)]
+
+
+@pytest.mark.parametrize("script", WITH_WANDB)
 def test_track_says_how_to_install_wandb(script, tmp_path):
-    if script in SMACLITE_SCRIPTS:
-        pytest.importorskip("smaclite", reason="without SMAClite nothing else is missed")
     done = program(script, "--track", without="wandb", folder=tmp_path)
     assert_one_sentence(done, script, "wandb")
     assert not (tmp_path / "runs").exists()

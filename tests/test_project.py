@@ -1,7 +1,9 @@
 """What stands in several files of the project stands there alike: versions, requirements, commands."""
 
 import csv
+import os
 import re
+import subprocess
 
 import pytest
 from conftest import ROOT
@@ -58,6 +60,36 @@ def test_ci_and_readme_install_the_same_for_the_tests():
     assert f"\n{command}\n" in text("README.md")
     assert f".venv/bin/pip install -q {files} ruff==" in text(".ci/run")
     assert text(".ci/run").endswith("\n.venv/bin/python -m pytest -ra -n 2\n")
+
+
+STUB = """#!/usr/bin/env bash
+echo "$(basename "$(dirname "$(dirname "$0")")") $(basename "$0") $*" >>"$LOG"
+case "$*" in
+    "-c import smaclite"*) exit "$SMACLITE_IS_MISSING" ;;
+    "-c import sysconfig"*) dirname "$0" ;;
+    "-m venv"*) mkdir -p "${@: -1}/bin" && for name in python pip ruff; do cp "$0" "${@: -1}/bin/$name"; done ;;
+    "-m pytest"*) echo "== 1 passed ==" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_ci_says_whether_the_smaclite_tests_have_run_and_ends_with_those_of_everything(missing, tmp_path):
+    """.ci/run itself, with a python3 that does nothing but say whether it can import SMAClite."""
+    for path, content in ((".ci/run", text(".ci/run")), ("outer/bin/python3", STUB)):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(content)
+        (tmp_path / path).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}/outer/bin:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
+    env = os.environ | variables | {"SMACLITE_IS_MISSING": str(missing)}
+    done = subprocess.run([tmp_path / ".ci" / "run"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = "SMAClite tests: skipped, smaclite is not installed" if missing else "SMAClite tests: run"
+    passed = "== 1 passed =="
+    assert done.stdout.splitlines() == [passed, said, *[passed] * (1 - missing), passed]
+    tested = [line for line in (tmp_path / "log").read_text().splitlines() if "-m pytest" in line]
+    step = [".venv-smaclite python -m pytest -ra -n 2 -m smaclite"] * (1 - missing)
+    assert tested[1:] == [*step, ".venv python -m pytest -ra -n 2"]
 
 
 def test_every_requirements_file_is_explained_and_every_csv_has_an_origin():

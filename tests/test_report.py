@@ -42,13 +42,14 @@ def write_run(
     seconds=None,
     name="run",
     win=False,
+    greedy=None,
     late=0,
     frames=None,
 ):
     """A run folder as the scripts and launch.py leave it; finished if `seconds` is given. Returns the job's folder.
 
     The first evaluation is of the untrained policy, the others of the first iteration at or past k * interval, unless
-    their frames are given.
+    their frames are given. greedy: the win rate of the greedy games, if there are any.
     """
     goal = interval * max(1, len(returns) - 1) if frames is None else frames[-1]
     if frames is None:
@@ -56,9 +57,11 @@ def write_run(
     job = output / method / task / f"seed{seed}"
     folder = job / "runs" / name
     folder.mkdir(parents=True)
-    lines = [HEADER + ",win_rate" * win + "".join(f",episodic_return_agent_{i}" for i in range(agents))]
+    both = ",greedy_episodic_return,greedy_episodic_return_std,greedy_win_rate" * (greedy is not None)
+    lines = [HEADER + ",win_rate" * win + both + "".join(f",episodic_return_agent_{i}" for i in range(agents))]
     for step, value in zip(frames, returns, strict=True):
         row = f"{step},{step // interval},{step // interval * interval},{value},0.25,100" + f",{value}" * win
+        row += f",15.5,2.5,{greedy}" * bool(both)
         lines.append(row + f",{value / agents}" * agents)
     (folder / "evaluations.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if seconds is not None:
@@ -689,6 +692,66 @@ def test_a_run_without_the_win_rate_that_others_of_its_task_have_is_named(tmp_pa
     run(tmp_path, collect=tmp_path / "output", grid="g")
     with pytest.raises(report.UserError, match=r"g\.csv: m on MMM, seed 2, lacks the win_rate"):
         run(tmp_path)
+
+
+def test_sampled_games_are_the_score_and_greedy_ones_have_a_table_and_a_figure(tmp_path):
+    for seed, greedy in ((1, 1.0), (2, 0.0)):
+        job = write_run(tmp_path / "output", "m", "2s3z", seed, np.full(11, 0.25), seconds=5, win=True, greedy=greedy)
+        edit(job / EVALUATIONS, ",0.25,0.25,100", ",12,3,100")
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    kept = pd.read_csv(tmp_path / "experiments/results/g.csv")
+    columns = ["return", "return_std", "win_rate", "greedy_return", "greedy_return_std", "greedy_win_rate"]
+    assert kept.iloc[0][columns].tolist() == [12, 3, 0.25, 15.5, 2.5, 1]
+    assert table_of(tmp_path, "g-scores")[2] == ["m", "0.25 ± 0.00 (2)"]
+    assert table_of(tmp_path, "g-greedy") == [["method", "2s3z"], ["---"] * 2, ["m", "0.50 ± 0.71"]]
+    data = report.load(tmp_path / "experiments/results/g.csv")
+    assert "Final win rate, sampled actions (mean" in report.scores_table(data)
+    assert {"greedy", "returns"} <= report.kinds(data)
+    assert report.FIGURES["greedy"](data, {"m": {}}).axes[0].get_ylim() == (0, 1)
+
+
+def test_a_run_with_greedy_games_alone_is_not_mixed_with_runs_of_both_kinds(tmp_path):
+    """Version 0.1.0 calls the win rate of greedy games win_rate."""
+    write_run(tmp_path / "output", "m", "MMM", 1, [0, 0.5], win=True)
+    run(tmp_path, collect=tmp_path / "output", grid="old")
+    data = report.load(tmp_path / "experiments/results/old.csv")
+    assert "Final win rate (mean" in report.scores_table(data) and "greedy" not in report.kinds(data)
+    write_run(tmp_path / "output", "m", "MMM", 2, [0, 0.5], win=True, greedy=1)
+    run(tmp_path, collect=tmp_path / "output", grid="mixed")
+    with pytest.raises(report.UserError, match=r"mixed\.csv: m on MMM, seed 1, lacks the greedy_win_rate"):
+        report.load(tmp_path / "experiments/results/mixed.csv")
+
+
+def smaclite_grid(tmp_path, intervals):
+    """Runs of ten intervals; interval: that of each task."""
+    for method in ("mappo_dg", "mappo_local"):
+        for task, interval in intervals.items():
+            settings = {"interval": interval, "seconds": 5, "win": True, "greedy": 0.75}
+            write_run(tmp_path / "output", method, task, 1, np.full(11, 0.5), **settings)
+    run(tmp_path, collect=tmp_path / "output", grid="g")
+    return report.load(tmp_path / "experiments/results/g.csv")
+
+
+def test_the_papers_win_rates_stand_beside_runs_of_its_length(tmp_path):
+    """Those of DG alone; beside shorter runs with the paper's frames, and not at all if no runs are as long."""
+    data = smaclite_grid(tmp_path, {"2s3z": 100_000, "MMM": 100_000, "MMM2": 100_000})
+    paper = ["*paper*", "-", "*1.00*", "*0.98 (2M)*"]
+    for table, ours in (("scores", "0.50 (1)"), ("greedy", "0.75")):
+        rows = [["MAPPO-DG", *[ours] * 3], paper, ["MAPPO-local", *[ours] * 3]]
+        assert table_of(tmp_path, f"g-{table}")[2:] == rows
+        note = "The paper's are of greedy games, after the frames in brackets if not after as many."
+        assert report.TABLES[table](data).endswith(note)
+    assert "paper" not in str(table_of(tmp_path, "g-returns"))
+    for figure, drawn in (("curves", True), ("greedy", True), ("returns", False)):
+        drawing = report.FIGURES[figure](data, {"mappo_dg": {}, "mappo_local": {}})
+        levels = [[line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in drawing.axes]
+        assert levels == ([[], [1.0], [0.98]] if drawn else [[], [], []])
+        names = [text.get_text() for text in drawing.legends[0].get_texts()]
+        assert names[2:] == ["the paper's MAPPO-DG, greedy, in the end (MMM2: after 2M)"] * drawn
+    short = data[data["task"] != "MMM"]
+    assert "paper" not in report.scores_table(short) and not report.paper_win_rates(short)
+    equal = data[data["task"] == "MMM"]
+    assert report.scores_table(equal).endswith("The paper's are of greedy games.")
 
 
 def test_seeds_that_differ_by_task_are_named(tmp_path, capsys, monkeypatch):

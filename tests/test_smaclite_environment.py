@@ -28,6 +28,7 @@ from smaclite.env.rvo2.neighbour_finder import NeighbourFinder
 from smaclite.env.units.combat_type import CombatType
 from smaclite.env.units.unit import Unit
 
+pytestmark = pytest.mark.smaclite
 script = load("mappo_dg_smaclite.py")
 MultiAgentSMAClite, PairwiseNeighbourFinder = script.MultiAgentSMAClite, script.PairwiseNeighbourFinder
 make_map, UserError = script.make_map, script.UserError

@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 GAMMA, LAMBDA, LEARNING_RATE = 0.9, 0.8, 3e-3
 SETTINGS = ["--num-envs", 4, "--total-timesteps", 180, "--hidden-dim", 8, "--seed", 3, "--checkpoint-interval", 50]
 SETTINGS += ["--gamma", GAMMA, "--gae-lambda", LAMBDA, "--learning-rate", LEARNING_RATE, "--update-epochs", 2]
-SETTINGS += ["--eval-interval", 60, "--eval-episodes", 6]
+SETTINGS += ["--eval-interval", 60, "--eval-episodes", 12]
 
 
 @pytest.fixture(params=SMACLITE_SCRIPTS)
@@ -399,24 +399,28 @@ def test_the_graph_models_take_one_step_on_the_living():
 
 
 # EVALUATE
-def evaluation(module, index=2, seed=3, greedy=True, actor=None):
+def evaluation(module, index=2, seed=3, actor=None, episodes=12):
     """evaluate() on four environments -> its result, the seeds of its games in order, the calls of collect."""
-    args = types.SimpleNamespace(seed=seed, num_envs=4, eval_episodes=6, eval_greedy=greedy)
+    args = types.SimpleNamespace(seed=seed, num_envs=4, eval_episodes=episodes)
     with pytest.MonkeyPatch.context() as patch:
         calls = spy(module, patch, ["collect"])
         result = module.evaluate(FakeVectorEnv(4), actor or new_actor(module), args, index, CPU)
     return result, seeds_of(calls), calls
 
 
-def test_an_evaluation_is_its_games_played_greedily(script):
+@pytest.mark.parametrize("episodes", [12, 11])  # half of them, rounded up, are 6
+def test_an_evaluation_is_its_games_played_by_sampled_actions_and_greedily(script, episodes):
     module = load(script)
-    (returns, won), seeds, _ = evaluation(module)
-    games = [replay_greedily(seed, new_actor(module)) for seed in seeds[:6]]
-    assert len(set(seeds)) == len(seeds) == 8
-    assert returns.shape == (6, N) and won.shape == (6,) and won.dtype == torch.bool
-    np.testing.assert_allclose(returns, [game.rewards.sum(0) for game in games], rtol=1e-5)
-    assert won.tolist() == [game.won for game in games]
-    assert 0 < sum(won.tolist()) < 6 and len({len(game.rewards) for game in games}) > 1
+    (returns, won), seeds, calls = evaluation(module, episodes=episodes)
+    assert seeds[:8] == seeds[8:] and len(set(seeds)) == 8
+    assert returns.shape == (2, 6, N) and won.shape == (2, 6) and won.dtype == torch.bool
+    sampled = [game for call in calls[:2] for game in rollout_of(call.result, call.given["seeds"]).games]
+    greedy = [replay_greedily(seed, new_actor(module)) for seed in seeds[:6]]
+    for k, games in enumerate((sampled[:6], greedy)):
+        np.testing.assert_allclose(returns[k], [game.rewards.sum(0) for game in games], rtol=1e-5)
+        assert won[k].tolist() == [game.won for game in games]
+        assert 0 < sum(won[k].tolist()) < 6 and len({len(game.rewards) for game in games}) > 1
+    assert [game.actions.tolist() for game in sampled[:6]] != [game.actions.tolist() for game in greedy]
 
 
 def test_the_games_of_an_evaluation_depend_on_the_seed_and_the_index_alone(script):
@@ -427,11 +431,11 @@ def test_the_games_of_an_evaluation_depend_on_the_seed_and_the_index_alone(scrip
     assert same_seeds == seeds and torch.equal(again, expected)
     assert evaluation(load(DG))[1] == seeds
     others = [evaluation(module, index=index)[1] for index in (0, 1, 3)] + [evaluation(module, seed=4)[1]]
-    drawn = [seed for other in others for seed in other] + seeds
+    drawn = [seed for other in (*others, seeds) for seed in other[:8]]  # the other half is played greedily
     assert len(set(drawn)) == len(drawn)
 
 
-def test_an_evaluation_samples_if_it_is_told_to_and_leaves_the_random_numbers_alone(script):
+def test_an_evaluation_samples_and_leaves_the_random_numbers_alone(script):
     """Its random numbers depend on the seed and the index, and on nothing that was drawn before."""
     module = load(script)
     actor = new_actor(module)
@@ -439,13 +443,12 @@ def test_an_evaluation_samples_if_it_is_told_to_and_leaves_the_random_numbers_al
     for drawn, index, seed in ((4, 2, 3), (5, 2, 3), (5, 3, 3), (5, 2, 4)):
         torch.manual_seed(drawn)
         before = torch.get_rng_state()
-        _, _, collected = evaluation(module, index, seed, greedy=False, actor=actor)
+        _, _, collected = evaluation(module, index, seed, actor=actor)
         assert torch.equal(torch.get_rng_state(), before)
         played.append(actions_of(collected))
         states.append(collected[0].given["generator"].initial_seed())
     assert played[0] == played[1]
     assert states[0] == states[1] and len(set(states)) == 3
-    assert played[0] != actions_of(evaluation(module, greedy=True, actor=actor)[2])
 
 
 # ITERATIONS OF main
@@ -469,7 +472,8 @@ def test_collected_games_of_a_run(script, recorded):
     assert any(not game.active[-1].all() for game in games)
     # the last evaluation may follow less than an interval after another one, whose games it then repeats
     evaluated = {
-        step // 60: seeds for step, (_, seeds) in zip(evaluated_at(folder), evaluations_of(calls), strict=True)
+        step // 60: seeds[: len(seeds) // 2]  # the other half is played greedily
+        for step, (_, seeds) in zip(evaluated_at(folder), evaluations_of(calls), strict=True)
     }
     assert len(evaluated) >= 3
     seeds = seeds_of(of(calls, "collect")) + [seed for seeds in evaluated.values() for seed in seeds]
@@ -610,18 +614,36 @@ def test_evaluations_are_made_on_time_by_the_policy_of_that_time(script, recorde
     due = [0] + [step for before, step in zip(reached, reached[1:]) if before // 60 < step // 60 or step == reached[-1]]
     assert evaluated_at(folder) == due and len(due) > 3
     rows = list(csv.DictReader(open(folder / "evaluations.csv")))
-    for row, (actor, seeds) in zip(rows, evaluations_of(calls), strict=True):
-        games = [replay_greedily(seed, actor) for seed in seeds[:6]]
-        returns = np.array([game.rewards.sum(0) for game in games])
-        expected = {"episodic_return": returns.sum(1).mean(), "episodic_return_std": returns.sum(1).std()}
-        expected |= {"episodes": 6, "win_rate": np.mean([game.won for game in games])}
-        expected |= {f"episodic_return_agent_{i}": returns[:, i].mean() for i in range(N)}
+    for row, call in zip(rows, of(calls, "evaluate"), strict=True):
+        collected = of(calls, "collect", call)
+        seeds = seeds_of(collected)
+        half = len(collected) // 2
+        sampled = [game for one in collected[:half] for game in rollout_of(one.result, one.given["seeds"]).games][:6]
+        greedy = [replay_greedily(seed, call.given["actor"]) for seed in seeds[:6]]
+        expected = {"episodes": 6}
+        for prefix, games in (("", sampled), ("greedy_", greedy)):
+            returns = np.array([game.rewards.sum() for game in games])
+            expected |= {f"{prefix}episodic_return": returns.mean(), f"{prefix}episodic_return_std": returns.std()}
+            expected[f"{prefix}win_rate"] = np.mean([game.won for game in games])
+        for i in range(N):
+            expected[f"episodic_return_agent_{i}"] = np.mean([game.rewards[:, i].sum() for game in sampled])
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
     for name in expected:
         assert_curve(folder, f"eval/{name}", due, [row[name] for row in rows])
+    assert any(row["win_rate"] != row["greedy_win_rate"] for row in rows)
     policies = [actor for actor, _ in evaluations_of(calls)]
     for actor, following in zip(policies, policies[1:]):
         assert not torch.equal(actor.input.weight, following.input.weight)
+
+
+def test_a_run_says_at_its_end_what_share_of_both_kinds_of_games_it_has_won(script, recorded, capsys):
+    _, folder = recorded(script)
+    module = load(script)
+    evaluations = [{"global_step": 120, "win_rate": 0.25, "greedy_win_rate": 0.5}]
+    evaluations.append({"global_step": 1234, "win_rate": 0.75, "greedy_win_rate": 1.0})
+    module.print_summary(str(folder), evaluations, 1234, module.Args(total_timesteps=1200))
+    line = "last evaluation: win rate 0.75, of greedy games 1.00, at 1,234 frames"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_the_checkpoint_holds_the_trained_networks(script, recorded):
@@ -724,7 +746,7 @@ def state_of(folder):
 
 def test_a_resumed_run_is_the_run_that_was_not_ended(script, tmp_path):
     """Killed or told to stop, in an iteration or an evaluation, with every draw of random numbers that there is."""
-    options = [*SETTINGS, "--checkpoint-interval", 1, "--norm-adv", "--no-eval-greedy"]
+    options = [*SETTINGS, "--checkpoint-interval", 1, "--norm-adv"]
     options += ["--edge-drop", 0.1, "--edge-add", 0.1] if script == DG else []
     whole = play(script, tmp_path / "whole", *options)
     reference = run_folder(tmp_path / "whole")
@@ -748,7 +770,7 @@ def test_a_resumed_run_is_the_run_that_was_not_ended(script, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_run_and_evaluating_and_saving_change_nothing(script, recorded, tmp_path):
-    options = ["--eval-interval", 1000, "--eval-episodes", 1, "--no-eval-greedy", "--checkpoint-interval", 0]
+    options = ["--eval-interval", 1000, "--eval-episodes", 1, "--checkpoint-interval", 0]
     play(script, tmp_path, *SETTINGS, *options, "--save-model")
     mine, other = state_of(run_folder(tmp_path)), state_of(recorded(script)[1])
     assert [key for key in mine.keys() - {"args", "evaluations"} if not same(mine[key], other[key])] == []

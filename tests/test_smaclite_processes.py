@@ -3,7 +3,6 @@
 On the fake of the environment, around which the worker processes are real; and on SMAClite where it is installed.
 """
 
-import importlib.util
 import os
 import re
 import shutil
@@ -21,15 +20,12 @@ DG, LOCAL, GLOBAL = SMACLITE_SCRIPTS
 SOON = 20  # seconds
 OPTIONS = ["--num-envs", 3, "--num-workers", 2, "--total-timesteps", 10**6, "--hidden-dim", 8, "--eval-episodes", 3]
 OPTIONS += ["--eval-interval", 200, "--checkpoint-interval", 200]
-without = pytest.mark.skipif(
-    importlib.util.find_spec("smaclite") is None,
-    reason="SMAClite is not on PyPI: pip install -r requirements-smaclite.txt",
-)
+needs_smaclite = pytest.mark.smaclite
 
 
 def worlds(real):
     """Every script on the fake, and one of them on SMAClite."""
-    return [(script, "fake") for script in SMACLITE_SCRIPTS] + [pytest.param(real, "smaclite", marks=without)]
+    return [(script, "fake") for script in SMACLITE_SCRIPTS] + [pytest.param(real, "smaclite", marks=needs_smaclite)]
 
 
 class Run:
@@ -134,7 +130,7 @@ def test_a_loss_that_is_not_finite_is_one_sentence(script, world, start):
     assert re.match(rf"{Path(script).name}: iteration \d+: value_loss is nan\b.*; there is no checkpoint$", sentence)
 
 
-@pytest.mark.parametrize("script, world", [(DG, "fake"), pytest.param(GLOBAL, "smaclite", marks=without)])
+@pytest.mark.parametrize("script, world", [(DG, "fake"), pytest.param(GLOBAL, "smaclite", marks=needs_smaclite)])
 def test_a_run_whose_folder_is_deleted_ends(script, world, start):
     run = start(script, world=world)
     run.wait_for_training()
@@ -158,7 +154,7 @@ def test_an_error_in_a_game_ends_the_run(start):
     assert "RuntimeError: injected" in run.stderr()
 
 
-@pytest.mark.parametrize("script, world", [(LOCAL, "fake"), pytest.param(LOCAL, "smaclite", marks=without)])
+@pytest.mark.parametrize("script, world", [(LOCAL, "fake"), pytest.param(LOCAL, "smaclite", marks=needs_smaclite)])
 def test_a_worker_that_is_told_to_end_does_and_ends_the_run(script, world, start):
     """It does not have the main process's handlers, which save first."""
     run = start(script, world=world)
@@ -174,7 +170,7 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 @pytest.mark.parametrize("signum", STATUS, ids=lambda signum: signum.name)
-@pytest.mark.parametrize("script, world", [(DG, "fake"), pytest.param(LOCAL, "smaclite", marks=without)])
+@pytest.mark.parametrize("script, world", [(DG, "fake"), pytest.param(LOCAL, "smaclite", marks=needs_smaclite)])
 def test_a_signal_ends_the_run_and_its_workers(script, world, signum, start):
     run = start(script, "--checkpoint-interval", 0, world=world)
     run.wait_for_training()

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, load, run, run_folder, run_inside
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-pytest.importorskip("smaclite", reason="SMAClite is not on PyPI: pip install -r requirements-smaclite.txt")
+pytestmark = pytest.mark.smaclite
 
 SCRIPTS = ["mappo_dg_smaclite.py", "baselines/mappo_local_smaclite.py", "baselines/mappo_global_smaclite.py"]
 SHORT = [
@@ -68,17 +68,20 @@ def test_what_a_run_gives(script, tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     tags = set(events.Tags()["scalars"])
     assert {"charts/episodic_return", "charts/win_rate", "charts/SPS", "eval/win_rate", "eval/episodic_return"} <= tags
+    assert {"eval/greedy_win_rate", "eval/greedy_episodic_return"} <= tags
     assert {"losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/explained_variance"} <= tags
     assert ("graph/edges_per_agent" in tags) == ("losses/reverse_model_accuracy_others" in tags) == ("_dg_" in script)
     assert all(event.value == pytest.approx(1, abs=1e-4) for event in events.Scalars("losses/first_ratio"))
     rows = list(csv.DictReader(open(folder / "evaluations.csv")))
     assert list(rows[0])[:3] == ["global_step", "evaluation", "nominal_step"]
     assert list(rows[0])[3:7] == ["episodic_return", "episodic_return_std", "episodes", "win_rate"]
+    greedy = ["greedy_episodic_return", "greedy_episodic_return_std", "greedy_win_rate"]
+    assert list(rows[0])[7:10] == greedy
     assert int(rows[0]["global_step"]) == 0 and int(rows[-1]["global_step"]) >= 900
     for row in rows:
         agents = [float(row[f"episodic_return_agent_{i}"]) for i in range(2)]
         assert float(row["episodic_return"]) == pytest.approx(sum(agents), abs=1e-4)
-        assert 0 <= float(row["win_rate"]) <= 1 and row["episodes"] == "2"
+        assert 0 <= float(row["win_rate"]) <= 1 and 0 <= float(row["greedy_win_rate"]) <= 1 and row["episodes"] == "1"
 
 
 def test_deaths_are_counted_while_games_last(tmp_path, monkeypatch):
@@ -101,7 +104,7 @@ def test_deaths_are_counted_while_games_last(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     events = EventAccumulator(str(run_folder(tmp_path))).Reload()
     logged = [event.value for event in events.Scalars("charts/deaths")]
-    assert logged == pytest.approx(counts[1 : 1 + len(logged)]) and max(logged) > 0  # the first is an evaluation's
+    assert logged == pytest.approx(counts[2 : 2 + len(logged)]) and max(logged) > 0  # the first are an evaluation's
 
 
 def test_a_killed_run_resumes_exactly(tmp_path):

@@ -46,8 +46,8 @@ ALLOWED_SMACLITE = {
     "collect": "processes, a hidden state, masks, deaths",
     "episode_charts": "the win rate, deaths",
     "ppo_update": "whole sequences, masks, deaths",
-    "evaluate": "the win rate",
-    "evaluation_row": "the win rate",
+    "evaluate": "the win rate, sampled and greedy games",
+    "evaluation_row": "the win rate, sampled and greedy games",
     "make_run_name": "has no winner-take-all",
     "print_summary": "the win rate",
     "get_random_state": "a game depends on its seed alone",
@@ -85,7 +85,7 @@ ALLOWED_OPTIONS_SPREAD = {"exp_name", "torch_deterministic", "cuda", "checkpoint
 ALLOWED_OPTIONS_SPREAD |= {"hidden_dim", "norm_adv", "ent_coef"}  # the authors' settings for star-spread
 ALLOWED_OPTIONS_SPREAD |= {"advantage", "graph", "c", "soft"}  # not all values are there, and not always of use
 ALLOWED_OPTIONS_CDG = {"c", "graph", "soft", "encoder", "bf16", "transpose_graph"}
-ALLOWED_OPTIONS_SMACLITE = {"env_id", "total_timesteps", "eval_interval", "eval_greedy", "hidden_dim", "graph"}
+ALLOWED_OPTIONS_SMACLITE = {"env_id", "total_timesteps", "eval_interval", "eval_episodes", "hidden_dim", "graph"}
 SECTIONS = ["ENVIRONMENT", "NETWORKS", "DEPENDENCE GRAPH", "ADVANTAGES", "ROLLOUT", "PPO UPDATE", "EVALUATION"]
 SECTIONS += ["RUN FOLDER"]
 STEPS = ["SET-UP", "EVALUATE", "COLLECT", "DEPENDENCE GRAPH", "ADVANTAGES", "UPDATE POLICY AND CRITIC", "LOG"]
@@ -405,7 +405,7 @@ def test_a_smaclite_script_follows_its_lbf_script(smaclite, lbf):
     assert {name for name in shared if mine[name] != other[name]} <= ALLOWED_OPTIONS_SMACLITE
     assert shared == [name for name in other if name in mine], "not in the same order"
     assert set(mine) - set(other) <= {"use_cpp_rvo2", "num_workers", "pair_chunk"}
-    assert set(other) - set(mine) <= {"winner_take_all", "oracle_distance", "bf16"}
+    assert set(other) - set(mine) <= {"eval_greedy", "winner_take_all", "oracle_distance", "bf16"}
 
 
 @pytest.mark.parametrize("script", FOLLOWS)
