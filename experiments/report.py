@@ -50,6 +50,8 @@ with one_sentence():
     from matplotlib.lines import Line2D
     from plotting import draw_bands, draw_interval, figures_in, legend_above, list_rows, looks, new_figure, panels, save
 
+# grid -> another one and those of its methods that are compared with the grid's
+BESIDE = {"lbf_cdg": ("lbf_mappo", ["mappo_dg", "mappo_global", "mappo_local"])}
 DEFAULTS = {"ablation_c": {"mappo_dg": "mappo_dg_c0.9"}}  # in a grid over a setting, the default goes by its value
 # The paper's LBF results (arXiv 2601.21523), read off its figures (about +-0.01): the IQM of the team return at 5M
 # frames over the six tasks [95% interval, where it is legible], the mean over 4.5M-5M on each task.
@@ -622,9 +624,10 @@ def draw_efficiency(data, look):
 
 
 def draw_improvement(data, look):
-    """Probability that a DG method (or else the first) improves on each other, 95% intervals. Agarwal et al. 2021."""
+    """Probability that a CDG (or DG, or else the first) method improves on the others. Agarwal et al. 2021."""
     matrices = score_matrices(data)
-    ours = [method for method in matrices if method in ("mappo_dg", "ippo_dg")] or list(matrices)[:1]
+    ours = [method for method in matrices if "cdg" in method]
+    ours = ours or [method for method in matrices if method in ("mappo_dg", "ippo_dg")] or list(matrices)[:1]
     pairs = [(x, y) for k, x in enumerate(ours) for y in matrices if y not in ours[: k + 1]]
     figure, ((ax,),) = new_figure(1, 1, 6.5, 0.42 * len(pairs) + 1)
     for row, (x, y) in enumerate(pairs):
@@ -701,9 +704,14 @@ def read_pages(root):
 
 
 def load_grids(folder):
-    """{name: data} of the tidy CSVs in the folder; UserError if one of them is damaged."""
+    """{name: data} of the tidy CSVs in the folder, with what is compared; UserError if one of them is damaged."""
     head = f"{','.join(KEY)},".encode()
-    return {path.stem: load(path) for path in sorted(folder.glob("*.csv")) if path.read_bytes().startswith(head)}
+    grids = {path.stem: load(path) for path in sorted(folder.glob("*.csv")) if path.read_bytes().startswith(head)}
+    for name, (other, methods) in BESIDE.items():
+        if name in grids and other in grids:
+            compared = grids[other][grids[other]["method"].isin(methods)]
+            grids[name] = pd.concat([grids[name], compared], ignore_index=True)
+    return grids
 
 
 def load_others(folder):

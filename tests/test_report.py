@@ -900,6 +900,22 @@ def test_a_grid_alone_is_printed_and_drawn_while_the_pages_are_filled_as_a_whole
         run(root, grid="third")
 
 
+def test_a_grid_is_compared_with_methods_of_another_one(root, monkeypatch):
+    """They are in its tables, are no rows of its CSV, and it is asked whether its own ones are better."""
+    output = root / "cdg"
+    for task in (TASK, "Foraging-10x10-3p-3f-v3"):
+        for seed in (1, 2):
+            write_run(output, "mappo_cdg", task, seed, np.minimum(np.arange(21) / 10, 1) * 0.9, seconds=1800)
+    run(root, collect=output, grid="ours")
+    monkeypatch.setattr(report, "BESIDE", {"ours": ("small", ["mappo_dg"]), "nowhere": ("small", ["mappo_dg"])})
+    assert [row[0] for row in table_of(root, "ours-scores")] == ["method", "---", "MAPPO-DG", "MAPPO-CDG"]
+    assert "| MAPPO-DG |" not in report.scores_table(report.load(root / "experiments/results/ours.csv"))
+    assert set(report.load_grids(root / "experiments/results")["small"]["method"]) == {"mappo_dg", "mappo_local"}
+    data = report.load_grids(root / "experiments/results")["ours"]
+    figure = report.draw_improvement(data, report.looks(report.ordered(data, "method"), "light"))
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["MAPPO-CDG over MAPPO-DG"]
+
+
 def test_an_experiment_that_is_no_grid_is_printed_and_drawn(tmp_path, capsys):
     results = tmp_path / "experiments/results"
     results.mkdir(parents=True)
