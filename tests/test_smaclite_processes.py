@@ -17,7 +17,7 @@ from conftest import ROOT
 from fake_smaclite import SMACLITE_SCRIPTS
 
 DG, LOCAL, GLOBAL = SMACLITE_SCRIPTS
-SOON = 20  # seconds
+SOON = 60  # seconds: a hang is told from a stop even with ten processes beside it on two cores
 OPTIONS = ["--num-envs", 3, "--num-workers", 2, "--total-timesteps", 10**6, "--hidden-dim", 8, "--eval-episodes", 3]
 OPTIONS += ["--eval-interval", 200, "--checkpoint-interval", 200]
 needs_smaclite = pytest.mark.smaclite
