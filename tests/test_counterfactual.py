@@ -530,6 +530,18 @@ def test_the_untrained_model_sees_no_effects():
     assert rollout.rewards.sum() > 0 and (learned_effects(cdg.ForwardModel(3, 6, 5), rollout) == 0).all()
 
 
+@pytest.mark.parametrize("env_id", ["Foraging-8x8-2p-4f-coop-v3", "Foraging-10x10-2p-3f-coop-v3"])
+def test_two_agents_that_need_each_other_take_nothing_from_each_other(env_id):
+    """So --no-negative-effects changes nothing on these two tasks; with three agents it does."""
+    envs = [cdg.make_env(env_id, True, e) for e in range(20)]
+    skilled_rollout(env_id, 20, 0, envs)
+    effects = cdg.known_effects(envs)
+    assert effects.min() == 0 and effects.max() > 0
+    envs = [cdg.make_env("Foraging-10x10-3p-3f-v3", seed=e) for e in range(20)]
+    skilled_rollout("Foraging-10x10-3p-3f-v3", 20, 0, envs)
+    assert cdg.known_effects(envs).min() < 0
+
+
 def test_the_model_learns_who_of_two_of_one_level_wins_all():
     """Two players of level 1 load a food of level 2: the package's order decides, so players have identities."""
     torch.manual_seed(0)
