@@ -21,6 +21,7 @@ TOOLS = {
     "known_graph.py": ["--quick", "--output", "OUT"],
     "launch.py": [ROOT / "experiments/grids/lbf_mappo.yaml", "--output-dir", "OUT", "--backend", "ray"],
     "learned_graph_study.py": ["--table-only"],
+    "loads.py": [ROOT / "experiments/trained/mappo_dg_8x8-2p-4f-coop.pt", "--episodes", "1"],
     "method_figure.py": ["--help"],
     "readability.py": [],
     "report.py": ["--check"],
@@ -28,7 +29,13 @@ TOOLS = {
     "spread_scale.py": ["--help"],
     "watch.py": [],
 }
-LOADING = ("benchmark.py", "known_graph.py", "learned_graph_study.py", "watch.py")  # the tools that load a script
+LOADING = (
+    "benchmark.py",
+    "known_graph.py",
+    "learned_graph_study.py",
+    "loads.py",
+    "watch.py",
+)  # the tools that load a script
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # where they are not called as imported
 
 # In sitecustomize.py: what is in WITHOUT cannot be found, as if it were not installed.
